@@ -1,0 +1,36 @@
+"""A database for every tenant of a SaaS application.
+
+    db = TenantDB("sqlite:///data/central.sqlite3")
+    db.init()
+    db.provision("acme")
+    with db.begin("acme") as session:
+        ...
+
+Importing this loads no framework and opens nothing.
+"""
+
+from tenantdb import errors
+from tenantdb.aio import AsyncTenantDB
+from tenantdb.context import TenantLogFilter, acting, current_tenant
+from tenantdb.database import TenantDB
+from tenantdb.model import Identity, MemberRole, Membership, NewUser, Server, Subscription, Tenant, TenantState, User
+from tenantdb.settings import Settings
+
+__all__ = [
+    "AsyncTenantDB",
+    "Identity",
+    "MemberRole",
+    "Membership",
+    "NewUser",
+    "Server",
+    "Settings",
+    "Subscription",
+    "Tenant",
+    "TenantDB",
+    "TenantLogFilter",
+    "TenantState",
+    "User",
+    "acting",
+    "current_tenant",
+    "errors",
+]

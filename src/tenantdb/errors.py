@@ -1,0 +1,570 @@
+"""The exception tree: every error has a stable code, an HTTP status, and says whether trying again can help.
+
+One base, so that an application can catch all; one class per situation, so that it need not. Messages say what happened, with numbers,
+and what to do; never a URL, a password or a row. ``args`` mirror the constructor, so that every error survives pickling (Celery, child
+processes). "Unknown tenant", "tenant not servable" and "registry unreachable" are three errors: an outage never looks like an absence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+
+class TenantDBError(Exception):
+    """Base of every error that tenantdb raises. ``str()`` ends with the place in the docs that says more."""
+
+    code: ClassVar[str] = "tenantdb-error"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    retry_after: ClassVar[int | None] = None  # seconds; sent as Retry-After where set
+
+    def explain(self) -> str:
+        """What happened and what to do, without the docs link."""
+        return " ".join(str(arg) for arg in self.args)
+
+    def __str__(self) -> str:
+        return f"{self.explain()} (docs: errors#{self.code})"
+
+
+def all_errors(base: type[TenantDBError] = TenantDBError) -> Iterator[type[TenantDBError]]:
+    """Every error class, base first: for the docs page and for the tests that hold it to the tree."""
+    yield base
+    for child in base.__subclasses__():
+        yield from all_errors(child)
+
+
+# -- configuration ---------------------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(TenantDBError):
+    """A setting is missing, malformed or contradicts another."""
+
+    code = "config"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+class SecretKeyError(ConfigError):
+    """No usable secret key: missing, not 32 bytes of url-safe base64, or none that opens what is stored."""
+
+    code = "secret-key"
+
+    def explain(self) -> str:
+        return f"{self.problem}. Make one with `tenantdb generate-key` and pass it as secret_keys=[...] or TENANTDB_SECRET_KEYS"
+
+
+class InsecureTransport(ConfigError):
+    """A server off this machine would be reached without TLS that checks its certificate."""
+
+    code = "insecure-transport"
+
+    def __init__(self, host: str, found: str) -> None:
+        TenantDBError.__init__(self, host, found)
+        self.host, self.found = host, found
+
+    def explain(self) -> str:
+        return (
+            f"connections to {self.host!r} would use {self.found}; passwords and data could be read or redirected on the way."
+            " Use sslmode=verify-full with sslrootcert=..., or accept the risk with insecure_transport=True"
+        )
+
+
+# -- registry --------------------------------------------------------------------------------------------------------------------------
+
+
+class RegistryError(TenantDBError):
+    """The registry cannot serve this process."""
+
+    code = "registry"
+    http_status = 503
+
+
+class RegistryUnavailable(RegistryError):
+    """The registry could not be reached, or its answer was lost. Nothing is known about the tenant asked for."""
+
+    code = "registry-unavailable"
+    retryable = True
+    retry_after = 5
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def explain(self) -> str:
+        return f"the registry is out of reach: {self.problem}. Check that its database is up and that `tenantdb check` passes"
+
+
+class RegistryNotInitialized(RegistryError):
+    """The registry's tables do not exist yet."""
+
+    code = "registry-not-initialized"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def explain(self) -> str:
+        return "the registry has no tables yet. Run `tenantdb init`, or call db.init(), once"
+
+
+class RegistryOutOfRange(RegistryError):
+    """The registry's schema is outside the range that this version of tenantdb can serve."""
+
+    code = "registry-out-of-range"
+
+    def __init__(self, found: str, oldest: str, newest: str) -> None:
+        super().__init__(found, oldest, newest)
+        self.found, self.oldest, self.newest = found, oldest, newest
+
+    def explain(self) -> str:
+        return (
+            f"the registry is at revision {self.found!r}, this tenantdb serves {self.oldest!r} to {self.newest!r}."
+            " Behind: run `tenantdb init`. Ahead: upgrade tenantdb in this process"
+        )
+
+
+class CredentialTampered(TenantDBError):
+    """A stored secret does not decrypt in its place: the row was edited, swapped or damaged. No connection was attempted."""
+
+    code = "credential-tampered"
+    http_status = 503
+
+    def __init__(self, tenant: str, column: str) -> None:
+        super().__init__(tenant, column)
+        self.tenant, self.column = tenant, column
+
+    def explain(self) -> str:
+        return (
+            f"the {self.column} of tenant {self.tenant} does not decrypt in its place: the registry row was edited, swapped or damaged."
+            " Restore the row from a backup; do not re-encrypt by hand"
+        )
+
+
+# -- tenants ---------------------------------------------------------------------------------------------------------------------------
+
+
+class TenantError(TenantDBError):
+    """Something about one tenant. Fact: ``tenant``, as the caller named it."""
+
+    code = "tenant"
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(tenant)
+        self.tenant = tenant
+
+
+class InvalidSlug(TenantError):
+    """The slug cannot name a tenant. Raised before any SQL. Facts: ``tenant`` (shortened), ``rule``."""
+
+    code = "invalid-slug"
+    http_status = 422
+
+    def __init__(self, tenant: str, rule: str) -> None:
+        TenantDBError.__init__(self, tenant, rule)
+        self.tenant, self.rule = tenant, rule
+
+    def explain(self) -> str:
+        return f"{self.tenant!r} cannot be a tenant's slug: {self.rule}"
+
+
+class TenantNotFound(TenantError):
+    """No such tenant, or it was deleted. Fact: ``suggestion``, a slug that looks alike, for operators only."""
+
+    code = "tenant-not-found"
+    http_status = 404
+
+    def __init__(self, tenant: str, suggestion: str | None = None) -> None:
+        TenantDBError.__init__(self, tenant, suggestion)
+        self.tenant, self.suggestion = tenant, suggestion
+
+    def explain(self) -> str:
+        return f"no tenant {self.tenant!r}" + (f"; did you mean {self.suggestion!r}?" if self.suggestion else "")
+
+
+class InvalidTenantKey(TenantNotFound):
+    """What was given can name no tenant: neither a slug nor a canonical UUID. Fact: ``rule``."""
+
+    code = "invalid-tenant-key"
+
+    def __init__(self, tenant: str, rule: str) -> None:
+        TenantDBError.__init__(self, tenant, rule)
+        self.tenant, self.rule, self.suggestion = tenant, rule, None
+
+    def explain(self) -> str:
+        return f"{self.tenant!r} names no tenant: {self.rule}"
+
+
+class TenantExists(TenantError):
+    """The slug is taken. Whoever asked is not told by whom, and is never handed the existing tenant."""
+
+    code = "tenant-exists"
+    http_status = 409
+
+    def explain(self) -> str:
+        return (
+            f"the slug {self.tenant!r} is taken. A caller that repeats its own request gives idempotency_key=...;"
+            " a script that wants whatever is there gives exist_ok=True"
+        )
+
+
+class TenantSuspended(TenantError):
+    """The tenant is suspended: its data is kept, nothing is served."""
+
+    code = "tenant-suspended"
+    http_status = 403
+
+    def explain(self) -> str:
+        return f"tenant {self.tenant!r} is suspended. `tenantdb activate` serves it again"
+
+
+class TenantNotReady(TenantError):
+    """The tenant exists and cannot be served now: provisioning, failed, or under maintenance. Facts: ``tenant``, ``state``."""
+
+    code = "tenant-not-ready"
+    http_status = 503
+    retryable = True
+    retry_after = 5
+
+    def __init__(self, tenant: str, state: str) -> None:
+        TenantDBError.__init__(self, tenant, state)
+        self.tenant, self.state = tenant, state
+
+    def explain(self) -> str:
+        return f"tenant {self.tenant!r} is not ready: it is {self.state}. `tenantdb show {self.tenant}` says why"
+
+
+class IllegalTransition(TenantError):
+    """The tenant's state does not allow this, or changed meanwhile. Nothing was written. Facts: ``tenant``, ``state``, ``wanted``."""
+
+    code = "illegal-transition"
+    http_status = 409
+
+    def __init__(self, tenant: str, state: str, wanted: str) -> None:
+        TenantDBError.__init__(self, tenant, state, wanted)
+        self.tenant, self.state, self.wanted = tenant, state, wanted
+
+    def explain(self) -> str:
+        return f"tenant {self.tenant!r} is {self.state} and cannot become {self.wanted}. Look at it again before trying once more"
+
+
+# -- provisioning and migrations -------------------------------------------------------------------------------------------------------
+
+
+class ProvisioningError(TenantError):
+    """A step of provisioning failed; the tenant is `failed`, and running it again continues there. Facts: ``step``, ``problem``."""
+
+    code = "provisioning"
+    http_status = 503
+
+    def __init__(self, tenant: str, step: str, problem: str) -> None:
+        TenantDBError.__init__(self, tenant, step, problem)
+        self.tenant, self.step, self.problem = tenant, step, problem
+
+    def explain(self) -> str:
+        return (
+            f"provisioning of {self.tenant!r} stopped at step {self.step!r}: {self.problem}."
+            " Mend the cause and run it again: it continues where it stopped"
+        )
+
+
+class OperationInProgress(TenantError):
+    """Another process is carrying out an operation on this tenant."""
+
+    code = "operation-in-progress"
+    http_status = 409
+    retryable = True
+    retry_after = 5
+
+    def explain(self) -> str:
+        return f"another process is at work on tenant {self.tenant!r}. Try again when it has finished; a dead one gives up its lease"
+
+
+class NoServerAvailable(TenantDBError):
+    """No open database server has room for another tenant, or none fits the wanted name or region."""
+
+    code = "no-server"
+    http_status = 503
+
+    def __init__(self, wanted: str | None = None) -> None:
+        super().__init__(wanted)
+        self.wanted = wanted
+
+    def explain(self) -> str:
+        fits = f" that fits {self.wanted!r}" if self.wanted else ""
+        return f"no open database server{fits} has room for another tenant. Add one to servers={{...}} and run `tenantdb init`"
+
+
+class HardeningFailed(TenantDBError):
+    """A GRANT or REVOKE had no effect, or a verification found an open door. Fact: ``findings``."""
+
+    code = "hardening"
+    http_status = 503
+
+    def __init__(self, findings: Sequence[str]) -> None:
+        super().__init__(tuple(findings))
+        self.findings = tuple(findings)
+
+    def explain(self) -> str:
+        return "the database is not closed as it must be: " + "; ".join(self.findings)
+
+
+class MigrationError(TenantDBError):
+    """The tenants' migrations cannot be run as asked. Fact: ``problem``."""
+
+    code = "migration"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+# -- connections -----------------------------------------------------------------------------------------------------------------------
+
+
+class ServerUnavailable(TenantDBError):
+    """A tenant's database server did not answer, or refused. Facts: ``server`` (its name in the registry), ``problem``."""
+
+    code = "server-unavailable"
+    http_status = 503
+    retryable = True
+    retry_after = 5
+
+    def __init__(self, server: str, problem: str) -> None:
+        super().__init__(server, problem)
+        self.server, self.problem = server, problem
+
+    def explain(self) -> str:
+        return f"database server {self.server!r} is unavailable: {self.problem}"
+
+
+class ServerStartFailed(TenantDBError):
+    """A server that tenantdb runs itself, for tests and development, did not start. Facts: ``problem``, ``log`` (its last lines)."""
+
+    code = "server-start-failed"
+    http_status = 503
+
+    def __init__(self, problem: str, log: Sequence[str]) -> None:
+        super().__init__(problem, tuple(log))
+        self.problem, self.log = problem, tuple(log)
+
+    def explain(self) -> str:
+        said = "".join(f"\n    {line}" for line in self.log) or " nothing"
+        return f"PostgreSQL did not start: {self.problem}. The end of its log:{said}\n"
+
+
+class BudgetExhausted(TenantError):
+    """No connection came free in time. Facts: ``tenant``, ``waited`` (seconds), ``limit`` (connections this tenant may hold)."""
+
+    code = "budget-exhausted"
+    http_status = 503
+    retryable = True
+    retry_after = 1
+
+    def __init__(self, tenant: str, waited: float, limit: int) -> None:
+        TenantDBError.__init__(self, tenant, waited, limit)
+        self.tenant, self.waited, self.limit = tenant, waited, limit
+
+    def explain(self) -> str:
+        return (
+            f"no connection for tenant {self.tenant!r} after {self.waited:.1f} s: all {self.limit} are in use."
+            " Look for long transactions, or raise pool_size"
+        )
+
+
+class WrongDatabase(TenantError):
+    """A connection reached a database that is not the tenant's. It was closed before any statement of the application ran."""
+
+    code = "wrong-database"
+    http_status = 503
+
+    def __init__(self, tenant: str, problem: str) -> None:
+        TenantDBError.__init__(self, tenant, problem)
+        self.tenant, self.problem = tenant, problem
+
+    def explain(self) -> str:
+        return (
+            f"the connection for tenant {self.tenant!r} was refused: {self.problem}."
+            " Compare the registry's server and database with what is really there"
+        )
+
+
+# -- context ---------------------------------------------------------------------------------------------------------------------------
+
+
+class ContextError(TenantDBError):
+    """A tenant is bound wrongly: a bug in the application, not in the request."""
+
+    code = "context"
+
+
+class NoTenantBound(ContextError):
+    """A session was asked for without naming a tenant, and none is bound."""
+
+    code = "no-tenant-bound"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def explain(self) -> str:
+        return "no tenant is bound here. Name one, db.session('acme'), or bind one, with db.tenant_context('acme'): ..."
+
+
+class TenantAlreadyBound(ContextError):
+    """Another tenant is bound here. Facts: ``bound``, ``wanted``."""
+
+    code = "tenant-already-bound"
+
+    def __init__(self, bound: str, wanted: str) -> None:
+        super().__init__(bound, wanted)
+        self.bound, self.wanted = bound, wanted
+
+    def explain(self) -> str:
+        return (
+            f"tenant {self.bound!r} is bound here, {self.wanted!r} was asked for."
+            f" If that is meant: with db.tenant_context({self.wanted!r}, switch=True): ..."
+        )
+
+
+class TenantContextClosed(ContextError):
+    """The block that bound this tenant has ended; what was started in it outlived it. Fact: ``tenant``."""
+
+    code = "tenant-context-closed"
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(tenant)
+        self.tenant = tenant
+
+    def explain(self) -> str:
+        return (
+            f"the block that bound tenant {self.tenant!r} has ended. A task or thread that outlives its request binds the tenant itself:"
+            f" with db.tenant_context({self.tenant!r}): ..."
+        )
+
+
+# -- who is asking ---------------------------------------------------------------------------------------------------------------------
+
+
+class AccessError(TenantDBError):
+    """Who is asking may not, or could not be told."""
+
+    code = "access"
+    http_status = 403
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+class AuthenticationRequired(AccessError):
+    """The request carries no credentials."""
+
+    code = "authentication-required"
+    http_status = 401
+
+    def __init__(self, problem: str = "this needs an Authorization header with a bearer token") -> None:
+        super().__init__(problem)
+
+
+class InvalidToken(AccessError):
+    """The token is malformed, forged, expired or meant for something else."""
+
+    code = "invalid-token"
+    http_status = 401
+
+
+class InvalidCredentials(AccessError):
+    """E-mail or password is wrong. Which of the two is not told."""
+
+    code = "invalid-credentials"
+    http_status = 401
+
+    def __init__(self, problem: str = "e-mail or password is wrong") -> None:
+        super().__init__(problem)
+
+
+class NotAMember(AccessError):
+    """The user has no membership in the tenant."""
+
+    code = "not-a-member"
+
+    def __init__(self, problem: str = "the user is not a member of this tenant") -> None:
+        super().__init__(problem)
+
+
+class RoleRequired(AccessError):
+    """The user's role in the tenant does not allow this. Facts: ``role``, ``needed``."""
+
+    code = "role-required"
+
+    def __init__(self, role: str | None, needed: Sequence[str]) -> None:
+        TenantDBError.__init__(self, role, tuple(needed))
+        self.role, self.needed = role, tuple(needed)
+        self.problem = f"role {role!r} may not do this; it takes {' or '.join(self.needed)}"
+
+    def explain(self) -> str:
+        return self.problem
+
+
+class InvalidPath(TenantDBError):
+    """A request's path can be read in more than one way, so that no rule about paths may be trusted with it. Fact: ``problem``."""
+
+    code = "invalid-path"
+    http_status = 400
+
+    def __init__(self, problem: str = "the path holds dot segments, doubled slashes, or encoded separators or control characters") -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+class InvalidUser(TenantDBError):
+    """A user's data is refused: a malformed e-mail, a password that is too short. Fact: ``problem``."""
+
+    code = "invalid-user"
+    http_status = 422
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+class UserExists(TenantDBError):
+    """The e-mail belongs to a user already; case does not count."""
+
+    code = "user-exists"
+    http_status = 409
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def explain(self) -> str:
+        return "a user with this e-mail exists. Sign in, or reset the password"
+
+
+class UserNotFound(TenantDBError):
+    """No such user, or it was deleted."""
+
+    code = "user-not-found"
+    http_status = 404
+
+    def __init__(self, user: str) -> None:
+        super().__init__(user)
+        self.user = user
+
+    def explain(self) -> str:
+        return f"no user {self.user!r}"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line that is safe to store and log: the type, and the text only of our own errors and of plain ones.
+
+    A database driver's text may quote a row, so of those only the type and SQLSTATE are kept.
+    """
+    if isinstance(error, TenantDBError):
+        return error.explain()
+    origin: Any = getattr(error, "orig", None) or error
+    sqlstate = getattr(origin, "sqlstate", None) or getattr(origin, "sqlite_errorname", None)
+    if sqlstate or hasattr(error, "orig"):
+        return f"{type(origin).__name__}" + (f" ({sqlstate})" if sqlstate else "")
+    return f"{type(error).__name__}: {error}"

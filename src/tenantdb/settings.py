@@ -1,0 +1,243 @@
+"""Every setting, in one frozen model: given to the constructor, or read from ``TENANTDB_*`` variables by ``Settings.from_env()``.
+
+A bad value, or a bad pair of values, is refused here, by name and before anything is opened. Passwords leave the URLs they came in at
+once: what is kept is a URL without one, and a ``SecretStr``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, create_model, model_validator
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from tenantdb.errors import ConfigError, InsecureTransport, SecretKeyError
+
+POSTGRESQL = "postgresql"
+SQLITE = "sqlite"
+
+_SCHEMES = {"postgres": POSTGRESQL, "postgresql": POSTGRESQL, "postgresql+psycopg": POSTGRESQL, "sqlite": SQLITE, "sqlite+pysqlite": SQLITE}
+# What else libpq reads from a URL (hostaddr, options, service, passfile ...) could lead a connection elsewhere or change its session.
+_QUERY = frozenset({"host", "sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl"})
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionURL:
+    """Where a database is and who logs in, with the password kept apart and masked.
+
+    ``backend`` is ``postgresql`` or ``sqlite``; ``path`` is a SQLite file or folder; ``tls`` are libpq's ssl* parameters.
+    """
+
+    backend: str
+    host: str | None = None
+    port: int | None = None
+    database: str | None = None
+    username: str | None = None
+    password: SecretStr | None = field(default=None, repr=False)
+    path: str | None = None
+    tls: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: str | URL | ConnectionURL) -> ConnectionURL:
+        """Read a URL. Raises: `ConfigError`, which never shows the URL, because it may hold a password."""
+        if isinstance(value, ConnectionURL):
+            return value
+        try:
+            url = make_url(value)
+        except (ArgumentError, ValueError):
+            raise ConfigError("a database URL cannot be parsed; write postgresql://user@host:5432/database or sqlite:///file") from None
+        scheme = url.drivername
+        if scheme not in _SCHEMES:
+            raise ConfigError(f"database URLs start with postgresql:// or sqlite:///, not {scheme}://")
+        if _SCHEMES[scheme] == SQLITE:
+            if not url.database or url.database == ":memory:" or url.query or url.host:
+                raise ConfigError("a SQLite URL names a file or folder: sqlite:///data/central.sqlite3 (memory databases cannot be shared)")
+            return cls(SQLITE, path=url.database)
+        if odd := sorted(set(url.query) - _QUERY):
+            raise ConfigError(f"{', '.join(odd)} cannot be given in a database URL; a password goes before the @, timeouts are settings")
+        host = url.host or _one(url.query.get("host"))
+        if host is not None and ("," in host or "\0" in host or (host.startswith("/") and url.host)):
+            raise ConfigError("a database URL names exactly one host, or a socket folder as ?host=/folder")
+        if url.port is not None and not 1 <= url.port <= 65535:
+            raise ConfigError(f"port {url.port} is outside 1 to 65535")
+        return cls(
+            POSTGRESQL,
+            host=host,
+            port=url.port,
+            database=url.database,
+            username=url.username,
+            password=SecretStr(str(url.password)) if url.password else None,
+            tls={key: _one(value) or "" for key, value in url.query.items() if key.startswith("ssl")},
+        )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the host is this machine: loopback or a unix socket."""
+        return is_local(self.host)
+
+    def __str__(self) -> str:
+        if self.backend == SQLITE:
+            return f"sqlite:///{self.path}"
+        return URL.create(self.backend, self.username, None, self.host, self.port, self.database).render_as_string()
+
+
+def is_local(host: str | None) -> bool:
+    """Whether a host name means this machine, without asking a name server."""
+    if host is None or host.startswith("/") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _one(value: str | tuple[str, ...] | None) -> str | None:
+    if isinstance(value, tuple):
+        raise ConfigError("a parameter is given twice in a database URL")
+    return value
+
+
+def _split(value: Any) -> Any:
+    """Lists in environment variables: JSON, or separated by commas or spaces."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [part for part in value.replace(",", " ").split() if part]
+
+
+def _mapping(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+_Url = Annotated[ConnectionURL, BeforeValidator(ConnectionURL.parse)]
+
+
+class Settings(BaseModel):
+    """All settings of one `TenantDB`. Seconds are seconds; None means "not given".
+
+    Raises: `ConfigError` for a value that cannot be, by its name and without showing it; `SecretKeyError` where PostgreSQL is used without
+    a key; `InsecureTransport` where a server off this machine would be reached without verified TLS.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
+
+    url: _Url
+    """The registry. ``sqlite:///folder/file`` needs nothing else; on PostgreSQL the login that serves (the ``app`` login)."""
+    registry_admin: _Url | None = None
+    """The login that owns the registry's tables: for ``init``, command line and worker. None: the login of ``url`` does both."""
+    server: _Url | None = None
+    """The provisioner's URL of a single database server, registered as "default". Only where databases are made: command line, worker."""
+    servers: Annotated[Mapping[str, _Url], BeforeValidator(_mapping)] = Field(default_factory=dict)
+    """The provisioner's URLs of several servers, by name. In the environment as JSON. Excludes ``server``."""
+    secret_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
+    """Keys that encrypt secrets in the registry, newest first; see ``tenantdb generate-key``."""
+    migrations: str | None = None
+    """The Alembic script location of the tenants' schema, ``package:folder`` or a path. None: tenants start empty."""
+    hardening: Literal["full", "managed"] = "full"
+    """How tenant databases are closed. ``full`` needs ``tenantdb bootstrap-server`` once per cluster, by a superuser; ``managed`` is what
+    can be done without one, on a cloud's servers; ``tenantdb check`` names what stays open then."""
+    insecure_transport: bool = False
+    """Allow connections off this machine without verified TLS and SCRAM. Anyone on the way can then read and redirect them."""
+    ssl_root_cert: str = "system"
+    """File with the authorities that database servers' certificates are checked against; ``system``: those of the operating system."""
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    """Hosts where database servers may be: names, ``.suffix`` or CIDR blocks. Empty: any."""
+    temporary_tables: bool = False
+    """Grant TEMP to the tenants' runtime roles, at the cost of disk that a tenant can fill."""
+    pool_size: int = Field(5, ge=1)
+    """Connections that one process keeps or opens per tenant, for threads and for each event loop."""
+    max_engines: int = Field(100, ge=1)
+    """Tenants whose idle connections one process keeps, for threads and for each event loop. One in use is never evicted."""
+    processes: int = Field(4, ge=1)
+    """Application processes that share a tenant's CONNECTION LIMIT, which is derived from it and ``pool_size`` for each new tenant."""
+    acquire_timeout: float = Field(30.0, ge=0)
+    """Seconds to wait for a connection; 0 never waits. 30 as in SQLAlchemy, psycopg_pool, HikariCP, sqlx."""
+    connect_timeout: int = Field(5, ge=2)
+    """Seconds until an unanswered connect fails; libpq's smallest is 2."""
+    statement_timeout: float = Field(30.0, ge=0)
+    """Seconds that one statement of a tenant's runtime role may run; 0 means no limit."""
+    lock_timeout: float = Field(5.0, ge=0)
+    """Seconds that a statement waits for a lock; 0 means for ever. On SQLite, the busy timeout."""
+    idle_in_transaction_timeout: float = Field(60.0, ge=0)
+    """Seconds that a transaction may sit idle before the server ends it; 0 means for ever."""
+    cache_size: int = Field(10_000, ge=1)
+    """Tenant records kept in memory, and again as many unknown names."""
+    cache_ttl: float = Field(5.0, gt=0, le=5)
+    """Seconds that a tenant record is believed: how long another process may serve a tenant after it was suspended here."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_problems(error)) from None
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Settings:
+        """Read ``TENANTDB_URL``, ``TENANTDB_SECRET_KEYS`` and so on; ``overrides`` win. Raises: `ConfigError`."""
+        from pydantic_settings import BaseSettings, SettingsConfigDict
+
+        class Environment(BaseSettings):
+            model_config = SettingsConfigDict(env_prefix="TENANTDB_", extra="ignore", enable_decoding=False, hide_input_in_errors=True)
+
+        fields: dict[str, Any] = dict.fromkeys(cls.model_fields, (str | None, None))
+        found = create_model("Environment", __base__=Environment, **fields)().model_dump(exclude_none=True)
+        if "url" not in {**found, **overrides}:
+            raise ConfigError("TENANTDB_URL is not set; it names the registry, e.g. sqlite:///data/central.sqlite3")
+        return cls(**{**found, **overrides})
+
+    @property
+    def admin_url(self) -> ConnectionURL:
+        return self.registry_admin or self.url
+
+    @property
+    def provisioners(self) -> Mapping[str, ConnectionURL]:
+        """The servers on which this process may create databases, by name."""
+        if self.servers:
+            return self.servers
+        if self.server is not None:
+            return {"default": self.server}
+        if self.url.backend == SQLITE:
+            return {"default": ConnectionURL(SQLITE, path=str(Path(self.url.path or "").parent / "tenants"))}
+        return {}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Settings:
+        if self.server is not None and self.servers:
+            raise ConfigError("give server= or servers=, not both")
+        urls = {"url": self.url, "registry_admin": self.admin_url, **self.provisioners}
+        if self.admin_url.backend != self.url.backend:
+            raise ConfigError("registry_admin and url must lead to the same database")
+        for name, url in urls.items():
+            check_host(url, self, name)
+        if any(url.backend == POSTGRESQL for url in urls.values()) and not self.secret_keys:
+            raise SecretKeyError("PostgreSQL needs a secret key, because the registry stores the tenants' passwords encrypted")
+        return self
+
+
+def check_host(url: ConnectionURL, settings: Settings, name: str) -> None:
+    """Refuse a host outside ``allowed_hosts`` or reached without verified TLS. Raises: `ConfigError`, `InsecureTransport`."""
+    if url.backend == SQLITE:
+        return
+    if settings.allowed_hosts and not any(_host_matches(url.host or "localhost", rule) for rule in settings.allowed_hosts):
+        raise ConfigError(f"the host {url.host!r} of {name} is not among allowed_hosts")
+    weaker = url.tls.get("sslmode", "verify-full") != "verify-full"
+    if weaker and not url.is_local and not settings.insecure_transport:
+        raise InsecureTransport(url.host or "", f"sslmode={url.tls['sslmode']}")
+
+
+def _host_matches(host: str, rule: str) -> bool:
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(rule, strict=False)
+    except ValueError:
+        return host == rule or (rule.startswith(".") and host.endswith(rule))
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}" for item in error.errors())
