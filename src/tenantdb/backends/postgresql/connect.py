@@ -1,0 +1,108 @@
+"""How every connection to PostgreSQL is opened: its arguments, its password, its errors.
+
+The arguments are fixed here and nowhere else. Start-up options win over what a role has set for itself (``ALTER ROLE self SET ...``), so a
+tenant cannot switch its own limits off for the next session.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Mapping
+from typing import Any
+
+from tenantdb.errors import ConfigError, ServerUnavailable
+from tenantdb.model import DatabaseRole
+from tenantdb.settings import ConnectionURL, Settings, is_local
+
+try:
+    import psycopg
+except ImportError as error:
+    raise ConfigError("PostgreSQL needs psycopg: pip install 'tenantdb[postgresql]'") from error
+
+_LIBPQ_16 = 160000
+
+
+def transport(host: str | None, settings: Settings, tls: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """libpq's arguments about how the connection is protected and how long connecting may take.
+
+    Off this machine: ``verify-full`` and SCRAM, so that neither a false server nor a listener gets a password or a row.
+    """
+    arguments: dict[str, Any] = {"connect_timeout": settings.connect_timeout, "application_name": f"tenantdb/{os.getpid()}"}
+    if not is_local(host) and not settings.insecure_transport:
+        if psycopg.pq.version() < _LIBPQ_16:
+            raise ConfigError("libpq is older than 16 and cannot insist on SCRAM (require_auth): pip install 'psycopg[binary]'")
+        arguments |= {"sslmode": "verify-full", "sslrootcert": settings.ssl_root_cert, "require_auth": "scram-sha-256"}
+    return arguments | dict(tls or {})
+
+
+def session_options(role: DatabaseRole | None, settings: Settings) -> dict[str, str]:
+    """The ``options`` argument: limits of a session, in milliseconds as PostgreSQL counts them."""
+    limits = {"lock_timeout": settings.lock_timeout, "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout}
+    if role is not DatabaseRole.OWNER:  # a migration may take long; what it must not do is wait long for a lock
+        limits["statement_timeout"] = settings.statement_timeout
+    words = [f"-c {name}={int(seconds * 1000)}" for name, seconds in limits.items()]
+    if role is not None:
+        words += ["-c search_path=public", "-c default_transaction_read_only=off"]
+    return {"options": " ".join(words)}
+
+
+def provisioner_connection(
+    url: ConnectionURL, settings: Settings, server: str, *, database: str | None = None, autocommit: bool = True
+) -> psycopg.Connection[Any]:
+    """A connection as the provisioner, or as a superuser for bootstrapping. Raises: `ServerUnavailable`."""
+    arguments = transport(url.host, settings, url.tls)
+    if url.password is not None:
+        arguments["password"] = url.password.get_secret_value()
+    try:
+        return psycopg.connect(
+            host=url.host,
+            port=url.port,
+            user=url.username,
+            dbname=database or url.database or "postgres",
+            autocommit=autocommit,
+            **arguments,
+        )
+    except psycopg.OperationalError as error:
+        raise ServerUnavailable(server, connect_problem(error)) from error
+
+
+_PROBLEMS = (
+    ("password authentication failed", "the login was refused: wrong password"),
+    ("no password supplied", "the login was refused: no password was given"),
+    ("authentication method requirement", "it does not ask for a SCRAM password, as require_auth demands"),
+    ("is not permitted to log in", "the role may not log in"),
+    ("too many connections for role", "the role has reached its connection limit"),
+    ("too many connections for database", "the database has reached its connection limit"),
+    ("too many clients", "it has reached max_connections"),
+    ("remaining connection slots are reserved", "it has reached max_connections"),
+    ("is not currently accepting connections", "the database does not accept connections"),
+    ("does not exist", "the database or role does not exist"),
+    ("permission denied for database", "the role may not enter the database"),
+    ("no pg_hba.conf entry", "pg_hba.conf does not admit this login"),
+    ("certificate verify failed", "its certificate is not signed by a trusted authority"),
+    ("does not match host name", "its certificate is for another host"),
+    ("root certificate file", "the file of trusted authorities (ssl_root_cert) cannot be read"),
+    ("does not support SSL", "it does not offer TLS"),
+    ("starting up", "it is starting up"),
+    ("shutting down", "it is shutting down"),
+    ("Connection refused", "nothing listens there"),
+    ("timeout", "it did not answer in time"),
+    ("could not translate host name", "its host name is unknown"),
+    ("failed to resolve host", "its host name is unknown"),
+)
+
+
+def connect_problem(error: Exception) -> str:
+    """Why a connect failed, in words of ours. psycopg gives no SQLSTATE for errors at connect, so libpq's text is all there is."""
+    text = str(error)
+    return next((ours for theirs, ours in _PROBLEMS if theirs in text), "the connection failed for a reason named in the log of the server")
+
+
+def has_news(connection: Any) -> bool:
+    """Whether an idle connection's socket has something to read, or is gone. Costs a microsecond, where a ping costs a round trip."""
+    if connection.closed:
+        return True
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,130 @@
+"""What is more open than it must be: read back from the catalogue, never assumed from the statements that were sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+from tenantdb.model import Server, Tenant
+from tenantdb.settings import Settings
+
+Connection = psycopg.Connection[Any]
+
+# A NULL datacl is not "nothing granted" but the default, which lets PUBLIC connect; hence acldefault.
+_DATABASE = """
+SELECT pg_get_userbyid(d.datdba) = current_user,
+       array(SELECT a.privilege_type || ' for ' || CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE 'a foreign role' END
+             FROM aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) AS a
+             WHERE a.grantee = 0 OR a.grantee NOT IN (SELECT oid FROM pg_roles WHERE rolname = ANY(%(known)s) OR oid = d.datdba))
+FROM pg_database d WHERE d.datname = current_database()
+"""
+_SCHEMAS = """
+SELECT n.nspname FROM pg_namespace n, aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) AS a
+WHERE a.grantee = 0 AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+"""
+_ROLES = """
+SELECT r.rolname = %(runtime)s, r.rolsuper, r.rolcreaterole, r.rolcreatedb, r.rolreplication, r.rolbypassrls,
+       array(SELECT g.rolname::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid)
+FROM pg_roles r WHERE r.rolname = ANY(%(both)s)
+"""
+_RUNTIME_OWNS = "SELECT count(*) FROM pg_class WHERE relowner = (SELECT oid FROM pg_roles WHERE rolname = %s)"
+_PUBLIC_FUNCTIONS = """
+SELECT count(*) FROM pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+WHERE a.grantee = 0 AND p.pronamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+  AND NOT EXISTS (SELECT 1 FROM pg_depend e WHERE e.objid = p.oid AND e.deptype = 'e')
+"""
+# An extension brings functions that PUBLIC may execute, and some of them reach files and other servers (dblink, file_fdw). So what the
+# template holds must have been asked for, or be required by one that was.
+_EXTENSIONS = """
+WITH RECURSIVE wanted(oid) AS (
+    SELECT oid FROM pg_extension WHERE extname = 'plpgsql' OR extname = ANY(%s)
+    UNION SELECT d.refobjid FROM pg_depend d JOIN wanted w ON d.objid = w.oid
+    WHERE d.classid = 'pg_extension'::regclass AND d.refclassid = 'pg_extension'::regclass
+)
+SELECT extname FROM pg_extension WHERE oid NOT IN (SELECT oid FROM wanted) ORDER BY extname
+"""
+_IDENTITY = "SELECT tenant_id::text FROM tenantdb.identity"
+
+
+def database_findings(connection: Connection, tenant: Tenant, server: Server, settings: Settings) -> list[str]:
+    """Look at one tenant's database from inside, as the provisioner."""
+    both = [tenant.owner_role, tenant.runtime_role]
+    findings: list[str] = []
+    row = connection.execute(_DATABASE, {"known": both}).fetchone()
+    if row is None or not row[0]:
+        findings.append("the database does not belong to the provisioner")
+    findings += [f"the database grants {grant}" for grant in (row[1] if row else ())]
+    findings += [f"PUBLIC may use schema {name}" for (name,) in connection.execute(_SCHEMAS).fetchall()]
+    roles = connection.execute(_ROLES, {"both": both, "runtime": tenant.runtime_role}).fetchall()
+    if len(roles) != 2:
+        findings.append("a role of the tenant is missing")
+    for is_runtime, *attributes, groups in roles:
+        which = "runtime" if is_runtime else "owner"
+        if any(attributes):
+            findings.append(f"the {which} role has more rights than LOGIN")
+        allowed = set() if is_runtime or settings.hardening == "managed" else {"tenantdb_owner"}
+        if set(groups) - allowed:
+            findings.append(f"the {which} role is a member of another role")
+    if _count(connection, _RUNTIME_OWNS, tenant.runtime_role):
+        findings.append("the runtime role owns relations")
+    if _count(connection, _PUBLIC_FUNCTIONS):
+        findings.append("PUBLIC may execute functions of the tenant")
+    unasked = connection.execute(_EXTENSIONS, [list(server.extensions)]).fetchall()
+    findings += [f"the extension {name} is there, and the server's extensions= do not name it" for (name,) in unasked]
+    if connection.execute(_IDENTITY).fetchall() != [(str(tenant.id),)]:
+        findings.append("the identity stamp is not the tenant's")
+    return findings
+
+
+def _count(connection: Connection, query: str, *parameters: Any) -> int:
+    row = connection.execute(query, parameters).fetchone()
+    return row[0] if row else 0
+
+
+# -- the server ------------------------------------------------------------------------------------------------------------------------
+
+MANAGED_GAPS = (
+    "hardening='managed': a tenant's role can take advisory locks until the server's shared lock table is full (D11)",
+    "hardening='managed': a tenant's role can write large objects and temporary files without a limit (D10, D13)",
+    "hardening='managed': a tenant's role can run PL/pgSQL (DO blocks), for instance to flood the log",
+)
+"""What only a superuser could close; named by `TenantDB.check` and in the docs."""
+
+_PROVISIONER = """
+SELECT rolsuper, rolcreatedb, rolcreaterole, pg_has_role(current_user, 'pg_signal_backend', 'USAGE') FROM pg_roles WHERE rolname =
+current_user
+"""
+_TEMPLATE = "SELECT datistemplate, datallowconn FROM pg_database WHERE datname = 'tenantdb_tpl'"
+_OPEN_DATABASES = """
+SELECT datname FROM pg_database WHERE datname IN ('postgres', 'template1') AND EXISTS
+    (SELECT 1 FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) AS a WHERE a.grantee = 0)
+"""
+
+
+def server_findings(connection: Connection, settings: Settings) -> list[str]:
+    """What keeps this login from provisioning, or stays open on this server."""
+    findings: list[str] = []
+    is_super, may_create_databases, may_create_roles, may_signal = connection.execute(_PROVISIONER).fetchone() or (False,) * 4
+    if is_super:
+        findings.append("the provisioner is a superuser; `tenantdb bootstrap-server` makes one that is not")
+    if not (may_create_databases and may_create_roles):
+        findings.append("the provisioner lacks CREATEDB or CREATEROLE; run `tenantdb bootstrap-server`")
+    if not may_signal:
+        findings.append("the provisioner lacks pg_signal_backend, so it cannot end a tenant's sessions; run `tenantdb bootstrap-server`")
+    if settings.hardening == "full":
+        template = connection.execute(_TEMPLATE).fetchone()
+        if template is None:
+            findings.append("the template tenantdb_tpl is missing; run `tenantdb bootstrap-server`, or set hardening='managed'")
+        elif template != (True, False):
+            findings.append("the template tenantdb_tpl accepts connections or is no template; run `tenantdb bootstrap-server`")
+    else:
+        findings += MANAGED_GAPS
+    findings += [
+        f"PUBLIC may connect to database {name}; run `tenantdb bootstrap-server`" for (name,) in connection.execute(_OPEN_DATABASES)
+    ]
+    if connection.info.server_version < 160000:
+        findings.append(
+            "before PostgreSQL 16 a role with CREATEROLE can reach the operating system: guard the provisioner like a superuser"
+        )
+    return findings

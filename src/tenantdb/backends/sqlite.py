@@ -1,0 +1,183 @@
+"""SQLite: a server is a folder, a tenant one file in it.
+
+The driver's own transaction control leaves the DDL of a rolled-back migration in place and cannot start a write transaction before the
+first write, so it is switched off and BEGIN is sent here: ``BEGIN IMMEDIATE`` where the engine's execution option ``tenantdb_begin`` says
+so (registry writes and `TenantDB.begin`), because a read that later wants to write fails at once in WAL mode, whatever the busy timeout.
+Files are opened with ``mode=rw``: a missing tenant is an error, never a new empty database.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from uuid import UUID
+
+from sqlalchemy import create_engine, event
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool, Pool, QueuePool
+
+from tenantdb.backends.base import FoundDatabase, Location
+from tenantdb.errors import ConfigError, RegistryNotInitialized, ServerUnavailable, WrongDatabase
+from tenantdb.model import DatabaseRole, Server, Tenant
+from tenantdb.settings import SQLITE, ConnectionURL, Settings
+
+IDENTITY_TABLE = "tenantdb_identity"
+
+
+class SQLite:
+    """The embedded default: no server, no roles, no keys; one process or a few on one machine."""
+
+    name = SQLITE
+
+    def engine(self, location: Location, settings: Settings, *, poolclass: type[Pool], **pool_options: Any) -> Engine:
+        path = database_path(location.server, location.tenant)
+        engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=poolclass, hide_parameters=True, **pool_options)
+        self._prepare(engine, path, settings, location)
+        return engine
+
+    def async_engine(self, location: Location, settings: Settings, *, poolclass: type[Pool], **pool_options: Any) -> AsyncEngine:
+        path = database_path(location.server, location.tenant)
+        url = URL.create("sqlite+aiosqlite", database=str(path))
+        try:
+            engine = create_async_engine(url, poolclass=poolclass, hide_parameters=True, **pool_options)
+        except ModuleNotFoundError:
+            raise ConfigError("asyncio on SQLite needs aiosqlite: pip install 'tenantdb[sqlite]'") from None
+        self._prepare(engine.sync_engine, path, settings, location)
+        return engine
+
+    def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
+        path = Path(url.path or "").absolute()
+        engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=QueuePool, hide_parameters=True)
+        self._prepare(engine, path, settings, None)
+        return engine
+
+    def prepare_registry(self, url: ConnectionURL) -> None:
+        path = Path(url.path or "").absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+
+    @contextmanager
+    def workshop(self, server: Server, url: ConnectionURL, settings: Settings) -> Iterator[SQLiteWorkshop]:
+        yield SQLiteWorkshop(server)
+
+    @contextmanager
+    def scratch_engine(self, server: Server, url: ConnectionURL, settings: Settings) -> Iterator[Engine]:
+        with tempfile.TemporaryDirectory(prefix="tenantdb-") as folder:
+            path = Path(folder) / "scratch.sqlite3"
+            path.touch()
+            engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool)
+            self._prepare(engine, path, settings, None)
+            try:
+                yield engine
+            finally:
+                engine.dispose()
+
+    def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> list[str]:
+        folder = Path(server.path or "")
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        return [] if os.access(existing, os.W_OK) else [f"the folder {str(folder)!r} cannot be written"]
+
+    def _prepare(self, engine: Engine, path: Path, settings: Settings, location: Location | None) -> None:
+        target = f"file:{quote(str(path))}?mode=rw"
+        migrating = location is not None and location.role is DatabaseRole.OWNER
+
+        @event.listens_for(engine, "do_connect")
+        def open_existing(dialect: Any, record: Any, cargs: list[Any], cparams: dict[str, Any]) -> None:
+            if not path.exists():
+                if location is None:
+                    raise RegistryNotInitialized
+                raise ServerUnavailable(location.server.name, "the tenant's database file is missing")
+            cargs[:] = [target]
+            cparams["uri"] = True
+
+        @event.listens_for(engine, "connect")
+        def configure(dbapi_connection: Any, record: Any) -> None:
+            dbapi_connection.isolation_level = None  # we send BEGIN ourselves
+            cursor = dbapi_connection.cursor()
+            try:
+                cursor.execute(f"PRAGMA busy_timeout={int(settings.lock_timeout * 1000)}")
+                # A batch migration rebuilds tables, and with enforcement on dropping the old one would delete or refuse what refers to
+                # it. The switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
+                cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")
+                cursor.execute("PRAGMA synchronous=NORMAL")  # in WAL mode safe against a crash of the process
+                if location is not None:
+                    _check_identity(cursor, location.tenant)
+            except BaseException:
+                dbapi_connection.close()
+                raise
+            finally:
+                cursor.close()
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            options = connection.get_execution_options()
+            if options.get("isolation_level") != "AUTOCOMMIT":
+                connection.exec_driver_sql(f"BEGIN {options.get('tenantdb_begin', 'DEFERRED')}")
+
+
+def database_path(server: Server, tenant: Tenant) -> Path:
+    """The file of a tenant: the stored opaque name in the server's folder."""
+    return Path(server.path or "").absolute() / f"{tenant.database}.sqlite3"
+
+
+def _check_identity(cursor: Any, tenant: Tenant) -> None:
+    try:
+        cursor.execute(f"SELECT tenant_id FROM {IDENTITY_TABLE}")
+        found = cursor.fetchone()
+    except sqlite3.Error as error:
+        raise WrongDatabase(tenant.slug, "the file carries no identity stamp") from error
+    if found is None or UUID(found[0]) != tenant.id:
+        raise WrongDatabase(tenant.slug, "its identity stamp names another tenant")
+
+
+class SQLiteWorkshop:
+    """Makes files. There are no roles: whoever can read the folder can read every tenant in it."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def find_database(self, name: str) -> FoundDatabase | None:
+        path = Path(self._server.path or "") / f"{name}.sqlite3"
+        return FoundDatabase(name) if path.exists() else None
+
+    def find_roles(self, names: Sequence[str]) -> list[str]:
+        return []
+
+    def create_database(self, tenant: Tenant) -> None:
+        path = database_path(self._server, tenant)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # never over an existing file
+
+    def drop_invalid_database(self, name: str) -> None:
+        """Nothing to do: a file exists or it does not."""
+
+    def create_roles(self, tenant: Tenant, owner_password: str, runtime_password: str) -> None:
+        raise ConfigError("SQLite has no roles")
+
+    def open_database(self, tenant: Tenant) -> None:
+        with closing(sqlite3.connect(database_path(self._server, tenant))) as connection, connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {IDENTITY_TABLE} (tenant_id TEXT NOT NULL, stamped_at TEXT NOT NULL)")
+            connection.execute(
+                f"INSERT INTO {IDENTITY_TABLE} SELECT ?, datetime('now') WHERE NOT EXISTS (SELECT 1 FROM {IDENTITY_TABLE})",
+                (str(tenant.id),),
+            )
+
+    def verify(self, tenant: Tenant) -> list[str]:
+        path = database_path(self._server, tenant)
+        with closing(sqlite3.connect(path)) as connection:
+            result = connection.execute("PRAGMA quick_check").fetchone()[0]
+            dangling = connection.execute("PRAGMA foreign_key_check").fetchall()
+        findings = [] if result == "ok" else [f"the file is damaged: {result}"]
+        findings += sorted({f"rows of {table} refer to rows of {parent} that are not there" for table, _, parent, _ in dangling})
+        if path.stat().st_mode & 0o077:
+            findings.append("others may read the file; its mode must be 0600")
+        return findings
