@@ -1,0 +1,173 @@
+"""Who the tenants are: the central registry, its records cache, its secrets, its users and its audit log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+from sqlalchemy import Connection, Engine, func, select
+
+from tenantdb.errors import CredentialTampered
+from tenantdb.model import DatabaseRole, Server, Tenant
+from tenantdb.registry import schema
+from tenantdb.registry.audit import AuditStore
+from tenantdb.registry.cache import RecordCache
+from tenantdb.registry.memberships import MembershipStore
+from tenantdb.registry.operations import Operation, OperationState, OperationStore
+from tenantdb.registry.records import TenantRecord
+from tenantdb.registry.refresh_tokens import RefreshGrant, RefreshTokenStore
+from tenantdb.registry.secrets import OWNER, RUNTIME, Keyring
+from tenantdb.registry.servers import ServerStore
+from tenantdb.registry.signup import SignUp, sign_up
+from tenantdb.registry.tenants import TenantStore
+from tenantdb.registry.transactions import Transactions, begin, mapped_errors
+from tenantdb.registry.users import UserStore
+from tenantdb.settings import Settings
+
+__all__ = ["Keyring", "Operation", "OperationState", "RefreshGrant", "Registry", "SignUp", "TenantRecord"]
+
+
+class Registry:
+    """The registry as the rest of the library sees it: its collections, the cached look-up, and the passwords it keeps sealed.
+
+    ``engine`` is the login that serves; ``admin_engine`` the one that owns the tables, which may be the same. Opens nothing by itself; the
+    first use checks once that this code can work with the tables and the keys with its secrets. Safe to share between threads.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        admin_engine: Engine,
+        settings: Settings,
+        keyring: Keyring,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.keyring = keyring
+        self._transactions = Transactions(engine, admin_engine, self._check)
+        self._cache = RecordCache(size=settings.cache_size, ttl=settings.cache_ttl, clock=clock)
+        self.audit = AuditStore(self._transactions)
+        self.servers = ServerStore(self._transactions, keyring)
+        self.tenants = TenantStore(self._transactions, self.forget)
+        self.users = UserStore(self._transactions)
+        self.memberships = MembershipStore(self._transactions)
+        self.refresh_tokens = RefreshTokenStore(self._transactions)
+        self.operations = OperationStore(self._transactions)
+
+    # -- the data path --
+
+    def lookup(self, key: str | UUID) -> TenantRecord:
+        """A tenant's record, at most ``cache_ttl`` seconds old. ``key`` is canonical (`tenantdb.resolvers.tenant_key`).
+
+        Raises: `TenantNotFound`; `RegistryUnavailable` and the like, which say nothing about the tenant and are not remembered.
+        """
+        return self._cache.get(key, self.tenants.record)
+
+    def peek(self, key: str | UUID) -> TenantRecord | None:
+        """The same without I/O: None where only `lookup` can tell. Raises: `TenantNotFound` where that is remembered."""
+        return self._cache.peek(key)
+
+    def forget(self, tenant_id: UUID, slug: str | None = None) -> None:
+        """The tenant changed: the next look-up asks the database."""
+        self._cache.forget(tenant_id, slug)
+
+    # -- life --
+
+    def init(self) -> None:
+        """Make or upgrade the tables; on PostgreSQL with two logins, also wall the serving one in. May run any number of times.
+
+        Raises: `RegistryOutOfRange`, `RegistryUnavailable`, `SecretKeyError`, `HardeningFailed`.
+        """
+        engine, admin_engine = self._transactions.engine, self._transactions.admin_engine
+        schema.upgrade(admin_engine, self.keyring)
+        if engine is not admin_engine and engine.dialect.name == "postgresql":
+            with mapped_errors():
+                with begin(engine, immediate=False) as connection:
+                    app = connection.scalar(select(func.current_user()))
+                with begin(admin_engine, immediate=True) as connection:
+                    if app != connection.scalar(select(func.current_user())):
+                        schema.grant_app(connection, str(app))
+        self._cache.clear()
+
+    def ping(self) -> None:
+        """Ask one question. Raises as `read`; `SecretKeyError` where the keys are not the registry's."""
+        with self.read() as connection:
+            connection.execute(select(1))
+
+    def open_doors(self) -> list[str]:
+        """What the serving login may do although it should not, in words. Empty on SQLite, which has no logins."""
+        with self.read() as connection:
+            if connection.dialect.name != "postgresql":
+                return []
+            return schema.open_doors(connection, str(connection.scalar(select(func.current_user()))))
+
+    def close(self) -> None:
+        """Close idle connections and forget what is cached. May be called twice."""
+        self._cache.clear()
+        self._transactions.close()
+
+    # -- transactions --
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A reading transaction of the serving login. Raises: `RegistryUnavailable`, `RegistryNotInitialized`, `RegistryOutOfRange`."""
+        with self._transactions.read() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction of the serving login, committed at the end of the block. Raises as `read`."""
+        with self._transactions.write() as connection:
+            yield connection
+
+    @contextmanager
+    def admin_write(self) -> Iterator[Connection]:
+        """A transaction of the login that owns the tables, committed at the end of the block. Raises as `read`."""
+        with self._transactions.admin_write() as connection:
+            yield connection
+
+    # -- sign-up --
+
+    def sign_up(self, request: SignUp) -> tuple[Tenant, Operation]:
+        """Make user, tenant, membership and operation in one transaction.
+
+        Raises: `TenantExists`, `UserExists`, `InvalidSlug`, `InvalidUser`, `UserNotFound`. Nothing was written then.
+        """
+        return sign_up(self, request)
+
+    # -- passwords of database roles --
+
+    def seal_password(self, password: str, *, role: DatabaseRole, tenant: Tenant, server: Server, database: str, role_name: str) -> bytes:
+        """Encrypt a role's password for its place. Raises: `SecretKeyError`."""
+        return self.keyring.seal(_purpose(role), password.encode(), *_place(tenant, role, server.id, database, role_name))
+
+    def runtime_password(self, record: TenantRecord) -> str:
+        """Raises: `CredentialTampered`, `SecretKeyError`."""
+        return self._open(record, DatabaseRole.RUNTIME, record.runtime_secret, record.tenant.runtime_role)
+
+    def owner_password(self, record: TenantRecord) -> str:
+        """Read with the login that owns the registry. Raises: `CredentialTampered`, `SecretKeyError`, `TenantNotFound`."""
+        return self._open(record, DatabaseRole.OWNER, self.tenants.owner_secret(record.tenant.id), record.tenant.owner_role)
+
+    def _open(self, record: TenantRecord, role: DatabaseRole, blob: bytes | None, role_name: str | None) -> str:
+        place = _place(record.tenant, role, record.server_id, record.tenant.database, role_name)
+        if blob is None:
+            raise CredentialTampered(place[0], place[1])
+        return self.keyring.open(_purpose(role), blob, *place).decode()
+
+    def _check(self, connection: Connection) -> None:
+        schema.check_range(connection)
+        schema.check_keys(connection, self.keyring)
+
+
+def _purpose(role: DatabaseRole) -> str:
+    return OWNER if role is DatabaseRole.OWNER else RUNTIME
+
+
+def _place(
+    tenant: Tenant, role: DatabaseRole, server_id: UUID | None, database: str | None, role_name: str | None
+) -> tuple[str, str, str, str, str]:
+    """What a password is bound to: tenant and column, then server, database and role."""
+    return str(tenant.id), f"{role}_secret", str(server_id), str(database), str(role_name)

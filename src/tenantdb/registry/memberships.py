@@ -1,0 +1,102 @@
+"""Memberships: which user has which role in which tenant. A deleted user is a member of nothing."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from tenantdb.errors import NotAMember, UserNotFound
+from tenantdb.model import MemberRole, Membership, Tenant, User
+from tenantdb.registry import audit, tables
+from tenantdb.registry.ids import tenant_clause, tenant_id_of, user_clause, user_id_of
+from tenantdb.registry.transactions import Transactions
+from tenantdb.resolvers import tenant_key
+
+_memberships = tables.memberships
+
+
+class MembershipStore:
+    """Reads and writes memberships. Users and tenants are named by record, id, e-mail or slug."""
+
+    def __init__(self, transactions: Transactions) -> None:
+        self._transactions = transactions
+
+    def add(self, user: User | UUID | str, tenant: Tenant | UUID | str, *, role: MemberRole | str = MemberRole.USER) -> Membership:
+        """Make a user a member, or give a member another role. May run again. Raises: `UserNotFound`, `TenantNotFound`, `ValueError`."""
+        role = MemberRole(role)
+        try:
+            return self._put(user, tenant, role)
+        except IntegrityError:  # two processes added the same membership at once; the second look finds it
+            return self._put(user, tenant, role)
+
+    def add_in(self, connection: Connection, user_id: UUID, tenant_id: UUID, role: MemberRole) -> None:
+        """A new membership in the caller's transaction."""
+        connection.execute(
+            insert(_memberships).values(user_id=user_id, tenant_id=tenant_id, role=role.value, version=1, created_at=tables.utcnow())
+        )
+        audit.record(connection, "membership.add", tenant_id=tenant_id, object=user_id, details={"role": str(role)})
+
+    def remove(self, user: User | UUID | str, tenant: Tenant | UUID | str) -> None:
+        """End a membership and the refresh tokens that came with it. Raises: `NotAMember`, `UserNotFound`, `TenantNotFound`."""
+        tokens = tables.refresh_tokens
+        with self._transactions.write() as connection:
+            user_id, tenant_id = user_id_of(connection, user), tenant_id_of(connection, tenant)
+            gone = connection.execute(
+                delete(_memberships).where((_memberships.c.user_id == user_id) & (_memberships.c.tenant_id == tenant_id))
+            )
+            if gone.rowcount == 0:
+                raise NotAMember
+            connection.execute(delete(tokens).where((tokens.c.user_id == user_id) & (tokens.c.tenant_id == tenant_id)))
+            audit.record(connection, "membership.remove", tenant_id=tenant_id, object=user_id)
+
+    def get(self, user: User | UUID | str, tenant: Tenant | UUID | str) -> Membership:
+        """A user's membership in a tenant, in one query. Raises: `NotAMember`, whichever of the two does not exist."""
+        try:
+            where = user_clause(user) & tenant_clause(tenant_key(tenant))
+        except UserNotFound:
+            raise NotAMember from None
+        query = (
+            select(_memberships)
+            .join(tables.users, tables.users.c.id == _memberships.c.user_id)
+            .join(tables.tenants, tables.tenants.c.id == _memberships.c.tenant_id)
+            .where(where)
+        )
+        with self._transactions.read() as connection:
+            row = connection.execute(query).mappings().first()
+        if row is None:
+            raise NotAMember
+        return _membership(row)
+
+    def list(self, user: User | UUID | str | None = None, tenant: Tenant | UUID | str | None = None) -> list[Membership]:
+        """A user's memberships, a tenant's, or all; oldest first. Raises: `UserNotFound`, `TenantNotFound`."""
+        query = (
+            select(_memberships)
+            .join(tables.users, tables.users.c.id == _memberships.c.user_id)
+            .where(tables.users.c.deleted_at.is_(None))
+            .order_by(_memberships.c.created_at, _memberships.c.tenant_id, _memberships.c.user_id)
+        )
+        with self._transactions.read() as connection:
+            if user is not None:
+                query = query.where(_memberships.c.user_id == user_id_of(connection, user))
+            if tenant is not None:
+                query = query.where(_memberships.c.tenant_id == tenant_id_of(connection, tenant))
+            return [_membership(row) for row in connection.execute(query).mappings()]
+
+    def _put(self, user: User | UUID | str, tenant: Tenant | UUID | str, role: MemberRole) -> Membership:
+        with self._transactions.write() as connection:
+            user_id, tenant_id = user_id_of(connection, user), tenant_id_of(connection, tenant)
+            mine = (_memberships.c.user_id == user_id) & (_memberships.c.tenant_id == tenant_id)
+            known = connection.execute(select(_memberships.c.role).where(mine)).first()
+            if known is None:
+                self.add_in(connection, user_id, tenant_id, role)
+            elif known.role != role.value:
+                connection.execute(update(_memberships).where(mine).values(role=role.value, version=_memberships.c.version + 1))
+                details = {"from": known.role, "to": str(role)}
+                audit.record(connection, "membership.change", tenant_id=tenant_id, object=user_id, details=details)
+            return _membership(connection.execute(select(_memberships).where(mine)).mappings().one())
+
+
+def _membership(row: RowMapping) -> Membership:
+    return Membership(**{**row, "role": MemberRole(row["role"])})

@@ -1,0 +1,17 @@
+"""What the data path needs to know of a tenant, in one frozen piece."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from tenantdb.model import Tenant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantRecord:
+    """A tenant with its server's id and the sealed password of its runtime role. Sealed: the plain one is made per connection only."""
+
+    tenant: Tenant
+    server_id: UUID | None = None
+    runtime_secret: bytes | None = field(default=None, repr=False)

@@ -1,0 +1,162 @@
+"""The database servers that hold tenants' databases.
+
+A server's address is sealed with a runtime key when it is written and checked whenever it is read: whoever edits the row to lead
+connections to a machine of his own is found out before a password is sent there. No credentials of a provisioner are stored.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import RowMapping, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from tenantdb.errors import ConfigError, CredentialTampered, NoServerAvailable
+from tenantdb.model import Server, TenantState
+from tenantdb.registry import audit, tables
+from tenantdb.registry.secrets import RUNTIME, Keyring
+from tenantdb.registry.transactions import Transactions, violates
+
+_GONE = (TenantState.PURGED.value,)
+
+
+class ServerStore:
+    """Reads and writes servers. Writing takes the login that owns the registry."""
+
+    def __init__(self, transactions: Transactions, keyring: Keyring) -> None:
+        self._transactions = transactions
+        self._keyring = keyring
+
+    def get(self, name: str | UUID) -> Server:
+        """A server by name or id. Raises: `NoServerAvailable`; `CredentialTampered` where its address was edited."""
+        column = tables.servers.c.id if isinstance(name, UUID) else tables.servers.c.name
+        with self._transactions.read() as connection:
+            row = connection.execute(select(tables.servers).where(column == name)).mappings().first()
+        if row is None:
+            raise NoServerAvailable(str(name))
+        return self._server(row)
+
+    def list(self) -> list[Server]:
+        """All servers, by name."""
+        with self._transactions.read() as connection:
+            rows = connection.execute(select(tables.servers).order_by(tables.servers.c.name)).mappings().all()
+        return [self._server(row) for row in rows]
+
+    def pick(self, name: str | None = None, *, region: str | None = None, among: Iterable[str] | None = None) -> Server:
+        """The open server with room that holds the fewest tenants; of that name, in that region or ``among`` names, where that is wanted.
+
+        Raises: `NoServerAvailable`.
+        """
+        servers, tenants = tables.servers, tables.tenants
+        held = (
+            select(func.count())
+            .select_from(tenants)
+            .where((tenants.c.server_id == servers.c.id) & tenants.c.state.not_in(_GONE))
+            .scalar_subquery()
+        )
+        query = select(servers).where(~servers.c.draining, servers.c.capacity.is_(None) | (held < servers.c.capacity))
+        if name is not None:
+            query = query.where(servers.c.name == name)
+        if among is not None:
+            query = query.where(servers.c.name.in_(list(among)))
+        if region is not None:
+            query = query.where(servers.c.region == region)
+        with self._transactions.read() as connection:
+            row = connection.execute(query.order_by(held, servers.c.name).limit(1)).mappings().first()
+        if row is None:
+            raise NoServerAvailable(name if name is not None else region)
+        return self._server(row)
+
+    def add(
+        self,
+        name: str,
+        *,
+        backend: str,
+        host: str | None = None,
+        port: int | None = None,
+        direct_host: str | None = None,
+        direct_port: int | None = None,
+        path: str | None = None,
+        region: str | None = None,
+        capacity: int | None = None,
+        extensions: Sequence[str] = (),
+        schemas: Sequence[str] = (),
+    ) -> Server:
+        """Register a server, or give the one of this name a new address; its tenants stay readable. May run any number of times.
+
+        The direct address is the runtime address where none is given. Raises: `ConfigError` where the name belongs to another backend.
+        """
+        values: dict[str, Any] = {
+            "backend": backend,
+            "host": host,
+            "port": port,
+            "direct_host": direct_host or host,
+            "direct_port": direct_port or port,
+            "path": path,
+            "region": region,
+            "capacity": capacity,
+            "extensions": list(extensions),
+            "schemas": list(schemas),
+        }
+        try:
+            return self._put(name, values)
+        except IntegrityError as error:
+            if not violates(error, "tenantdb_servers", "name"):
+                raise
+            return self._put(name, values)  # another process registered it meanwhile
+
+    def set_draining(self, name: str, *, draining: bool) -> Server:
+        """Stop, or allow again, that new tenants are placed there. Raises: `NoServerAvailable`."""
+        with self._transactions.admin_write() as connection:
+            changed = connection.execute(
+                update(tables.servers).where(tables.servers.c.name == name).values(draining=draining, updated_at=tables.utcnow())
+            )
+            if changed.rowcount == 0:
+                raise NoServerAvailable(name)
+            audit.record(connection, "server.drain" if draining else "server.open", object=name)
+        return self.get(name)
+
+    def _put(self, name: str, values: dict[str, Any]) -> Server:
+        now = tables.utcnow()
+        with self._transactions.admin_write() as connection:
+            row = connection.execute(select(tables.servers).where(tables.servers.c.name == name)).mappings().first()
+            if row is not None and row["backend"] != values["backend"]:
+                raise ConfigError(f"server {name!r} is a {row['backend']} server and cannot be {values['backend']}; choose another name")
+            server_id = uuid.uuid4() if row is None else row["id"]
+            values = {**values, "address_seal": self._seal(server_id, values)}
+            if row is None:
+                connection.execute(
+                    insert(tables.servers).values(id=server_id, name=name, draining=False, created_at=now, updated_at=now, **values)
+                )
+                audit.record(connection, "server.add", object=name)
+            elif changed := [key for key in values if key != "address_seal" and row[key] != values[key]]:
+                connection.execute(update(tables.servers).where(tables.servers.c.id == server_id).values(updated_at=now, **values))
+                audit.record(connection, "server.change", object=name, details={"fields": changed})
+            stored = connection.execute(select(tables.servers).where(tables.servers.c.id == server_id)).mappings().one()
+        return self._server(stored)
+
+    def _seal(self, server_id: UUID, values: dict[str, Any]) -> bytes | None:
+        if not _sealed(values["backend"]):
+            return None
+        return self._keyring.seal(RUNTIME, b"", str(server_id), "address", *_address(values))
+
+    def _server(self, row: RowMapping) -> Server:
+        if _sealed(row["backend"]):
+            if row["address_seal"] is None:
+                raise CredentialTampered(f"server {row['name']}", "address")
+            self._keyring.open(RUNTIME, row["address_seal"], str(row["id"]), "address", *_address(row))
+        fields = {name: row[name] for name in Server.__dataclass_fields__}
+        return Server(**{**fields, "extensions": tuple(row["extensions"]), "schemas": tuple(row["schemas"])})
+
+
+def _sealed(backend: str) -> bool:
+    """A folder of SQLite files has no address that a password is sent to, and often no key to seal one with."""
+    return backend != "sqlite"
+
+
+def _address(values: dict[str, Any] | RowMapping) -> list[str]:
+    """What is sealed. None and "" stay two things."""
+    return [repr(values[name]) for name in ("backend", "host", "port", "direct_host", "direct_port", "path")]

@@ -1,0 +1,122 @@
+"""Sign-up: a user, a tenant, the membership between them and the operation that will make the database, all or nothing.
+
+One transaction of the serving login, so that a web process without a provisioner can do it; a worker carries the operation out.
+
+An idempotency key makes repeating harmless. It is no password: whoever repeats a request with a new user must know that user's password,
+because what he gets back is somebody's tenant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy.exc import IntegrityError
+
+from tenantdb.errors import TenantExists, UserExists
+from tenantdb.model import MemberRole, NewUser, Subscription, Tenant, User
+from tenantdb.registry import audit, fields
+from tenantdb.registry.ids import user_id_of
+from tenantdb.registry.operations import Operation
+from tenantdb.registry.passwords import hash_password
+from tenantdb.registry.transactions import violates
+from tenantdb.resolvers import canonical_slug
+
+if TYPE_CHECKING:
+    from tenantdb.registry import Registry
+
+PROVISION = "provision"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignUp:
+    """One request for a new tenant. ``payload`` is what the operation needs to know beside the tenant: the wanted server, the region."""
+
+    slug: str
+    name: str | None = None
+    owner: User | UUID | NewUser | None = None
+    email: str | None = None
+    phone: str | None = None
+    country: str | None = None
+    plan: str | None = None
+    subscription: Subscription | str = Subscription.TRIAL
+    metadata: Mapping[str, Any] | None = None
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    idempotency_key: str | None = None
+
+    def fingerprint(self) -> bytes:
+        """The same for the same request. Without the password: a fast hash of it would be a gift to whoever reads the table."""
+        owner = self.owner
+        who = fields.required_email_key(owner.email) if isinstance(owner, NewUser) else str(getattr(owner, "id", owner))
+        request = {name: getattr(self, name) for name in ("slug", "name", "email", "phone", "country", "plan")}
+        request |= {"subscription": fields.subscription(self.subscription).value, "owner": who}
+        request |= {name: fields.document(name, getattr(self, name)) for name in ("metadata", "payload")}
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
+
+
+def sign_up(registry: Registry, request: SignUp) -> tuple[Tenant, Operation]:
+    """Carry a sign-up out, or find the one that was carried out under the same idempotency key.
+
+    Raises: `InvalidSlug`, `InvalidUser`, `UserNotFound`, `UserExists`; `TenantExists` where the slug is taken, or the key was used for
+    something else. Nothing was written then.
+    """
+    canonical_slug(request.slug)
+    key = fields.text("idempotency_key", request.idempotency_key)
+    digest = request.fingerprint()
+    if (earlier := _earlier(registry, request, key, digest)) is not None:
+        return earlier
+    try:
+        return _write(registry, request, key, digest)
+    except (TenantExists, UserExists, IntegrityError) as error:
+        # The same request may have been quicker in another thread; then it holds the slug, the e-mail and the key.
+        if (earlier := _earlier(registry, request, key, digest)) is not None:
+            return earlier
+        if isinstance(error, IntegrityError) and violates(error, "tenantdb_operations", "idempotency_key"):
+            raise TenantExists(request.slug) from error
+        raise
+
+
+def _earlier(registry: Registry, request: SignUp, key: str | None, digest: bytes) -> tuple[Tenant, Operation] | None:
+    operation = None if key is None else registry.operations.by_key(key)
+    if operation is None:
+        return None
+    owner = request.owner
+    known = not isinstance(owner, NewUser) or registry.users.verifies(owner.email, owner.password)
+    if operation.request_hash != digest or not known:
+        raise TenantExists(request.slug)
+    return registry.tenants.get(operation.tenant_id), operation
+
+
+def _write(registry: Registry, request: SignUp, key: str | None, digest: bytes) -> tuple[Tenant, Operation]:
+    owner = request.owner
+    password_hash = hash_password(owner.password) if isinstance(owner, NewUser) else ""  # slow, so before the transaction
+    with registry.write() as connection:
+        user_id: UUID | None = None
+        if isinstance(owner, NewUser):
+            made = registry.users.create_in(connection, owner.email, password_hash, first_name=owner.first_name, last_name=owner.last_name)
+            user_id = made.id
+        elif owner is not None:
+            user_id = user_id_of(connection, owner)
+        tenant = registry.tenants.create(
+            connection,
+            slug=request.slug,
+            name=request.name,
+            email=request.email,
+            phone=request.phone,
+            country=request.country,
+            plan=request.plan,
+            subscription=request.subscription,
+            metadata=request.metadata,
+        )
+        if user_id is not None:
+            registry.memberships.add_in(connection, user_id, tenant.id, MemberRole.OWNER)
+        operation = registry.operations.create(
+            connection, PROVISION, tenant.id, payload=request.payload, idempotency_key=key, request_hash=digest
+        )
+        audit.record(connection, "tenant.sign_up", tenant_id=tenant.id, object=operation.id)
+    registry.forget(tenant.id, tenant.slug)
+    return tenant, operation

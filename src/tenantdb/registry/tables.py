@@ -1,0 +1,228 @@
+"""The registry's tables, as SQLAlchemy Core sees them. What made them is the history beside this file; a test holds the two together.
+
+States and roles are plain strings: a database enum could not grow while old processes still run. Times are aware and in UTC on both
+databases. Columns that the ``app`` login may write are listed here too, beside the columns themselves.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeDecorator
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    }
+)
+
+Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+BigSerial = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows only in a column declared INTEGER
+
+
+class Moment(TypeDecorator[datetime]):
+    """An aware time in UTC. SQLite keeps no time zone, so it goes in as UTC and comes back as UTC; a naive time is refused."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a time zone cannot be stored; use datetime.now(timezone.utc)")
+        return value.astimezone(timezone.utc)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value.astimezone(timezone.utc)
+
+
+def utcnow() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+servers = Table(
+    "tenantdb_servers",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", String(200), nullable=False, unique=True),
+    Column("backend", String(20), nullable=False),
+    Column("host", Text),
+    Column("port", Integer),
+    Column("direct_host", Text),
+    Column("direct_port", Integer),
+    Column("path", Text),
+    Column("address_seal", LargeBinary),
+    Column("region", String(200)),
+    Column("capacity", Integer),
+    Column("extensions", Document, nullable=False),
+    Column("schemas", Document, nullable=False),
+    Column("draining", Boolean, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+)
+
+tenants = Table(
+    "tenantdb_tenants",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("slug", String(40), unique=True),
+    Column("name", Text),
+    Column("email", Text),
+    Column("phone", Text),
+    Column("country", Text),
+    Column("state", String(20), nullable=False, index=True),
+    Column("server_id", Uuid, ForeignKey("tenantdb_servers.id")),
+    Column("database", String(63)),
+    Column("owner_role", String(63)),
+    Column("runtime_role", String(63)),
+    Column("owner_secret", LargeBinary),
+    Column("runtime_secret", LargeBinary),
+    Column("version", BigInteger, nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("revision", Text),
+    Column("plan", Text),
+    Column("subscription", String(20), nullable=False),
+    Column("subscription_expires_at", Moment),
+    Column("metadata", Document, nullable=False),
+    Column("reason", Text),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    Column("deleted_at", Moment),
+    UniqueConstraint("server_id", "database"),
+)
+
+users = Table(
+    "tenantdb_users",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("email", String(254), nullable=False),
+    Column("email_key", Text, nullable=False),
+    Column("password_hash", Text, nullable=False),
+    Column("first_name", Text),
+    Column("last_name", Text),
+    Column("verification_hash", LargeBinary, unique=True),
+    Column("verification_expires_at", Moment),
+    Column("reset_hash", LargeBinary, unique=True),
+    Column("reset_expires_at", Moment),
+    Column("email_verified_at", Moment),
+    Column("platform_admin", Boolean, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    Column("deleted_at", Moment),
+)
+_living = users.c.deleted_at.is_(None)  # the e-mail of a deleted user is free again
+Index("tenantdb_users_email_key_key", users.c.email_key, unique=True, sqlite_where=_living, postgresql_where=_living)
+
+memberships = Table(
+    "tenantdb_memberships",
+    metadata,
+    Column("user_id", Uuid, ForeignKey("tenantdb_users.id"), primary_key=True),
+    Column("tenant_id", Uuid, ForeignKey("tenantdb_tenants.id"), primary_key=True, index=True),
+    Column("role", String(20), nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("created_at", Moment, nullable=False),
+)
+
+refresh_tokens = Table(
+    "tenantdb_refresh_tokens",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True),
+    Column("user_id", Uuid, ForeignKey("tenantdb_users.id"), nullable=False, index=True),
+    Column("tenant_id", Uuid, ForeignKey("tenantdb_tenants.id")),
+    Column("expires_at", Moment, nullable=False),
+    Column("created_at", Moment, nullable=False),
+)
+
+audit = Table(
+    "tenantdb_audit",
+    metadata,
+    Column("id", BigSerial, Identity(always=True), primary_key=True),
+    Column("at", Moment, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("tenant_id", Uuid, index=True),  # no foreign key: the log outlives what it tells of
+    Column("action", Text, nullable=False),
+    Column("object", Text),
+    Column("outcome", Text, nullable=False),
+    Column("request_id", Text),
+    Column("details", Document, nullable=False),
+    sqlite_autoincrement=True,  # a number is never given twice, also not after rows at the end are gone
+)
+
+operations = Table(
+    "tenantdb_operations",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("kind", String(40), nullable=False),
+    Column("tenant_id", Uuid, ForeignKey("tenantdb_tenants.id"), nullable=False, index=True),
+    Column("idempotency_key", String(200), unique=True),
+    Column("request_hash", LargeBinary, nullable=False),
+    Column("state", String(20), nullable=False, index=True),
+    Column("step", String(40)),
+    Column("started", Boolean, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("worker", Text),
+    Column("lease_until", Moment),
+    Column("error", Text),
+    Column("payload", Document, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+)
+
+meta = Table(
+    "tenantdb_meta",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # always 1
+    Column("revision", String(32), nullable=False),
+    Column("oldest_reader", String(32), nullable=False),
+    Column("key_check", LargeBinary),
+)
+
+VERSION_TABLE = "tenantdb_alembic_version"
+
+_TENANT_LIFE = (
+    "slug name email phone country state plan subscription subscription_expires_at metadata version generation reason updated_at deleted_at"
+).split()
+
+APP_COLUMNS: dict[Table, dict[str, list[str]]] = {
+    tenants: {
+        "SELECT": [column.name for column in tenants.columns if column.name != "owner_secret"],
+        "INSERT": ["id", "created_at", *_TENANT_LIFE],
+        "UPDATE": _TENANT_LIFE,
+    },
+    audit: {"SELECT": [], "INSERT": [column.name for column in audit.columns if column.name != "id"]},
+    users: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
+    memberships: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
+    refresh_tokens: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
+    operations: {"SELECT": [], "INSERT": []},
+    servers: {"SELECT": []},
+    meta: {"SELECT": []},
+}
+"""What the ``app`` login may do on PostgreSQL, by column; an empty list means all columns. It can give no tenant a place, a role or a
+secret, reads no owner's secret, and neither changes nor numbers what the audit log says."""
