@@ -1,0 +1,151 @@
+"""`AsyncTenantDB`: the same `TenantDB` for asyncio.
+
+The data path is native: a session waits for its connection and its rows in the event loop. Management is written once, blocking, and runs
+here in a few worker threads of our own. A cancelled ``await adb.provision(...)`` does not stop the thread: the operation carries on in
+the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, ParamSpec, TypeVar
+from uuid import UUID
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+from tenantdb.connections.locate import ensure_servable
+from tenantdb.connections.pools import await_in_greenlet
+from tenantdb.connections.session import Pin, check_session_options
+from tenantdb.context import TenantContext
+from tenantdb.database import TenantDB, TenantKey
+from tenantdb.model import Tenant
+from tenantdb.resolvers import tenant_key
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_THREADS = 8
+
+
+class AsyncTenantDB:
+    """A view of a `TenantDB` (`sync_db`): same registry, same settings, same names, awaited.
+
+    ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens`` and ``audit`` have the methods of the synchronous ones,
+    awaited.
+    """
+
+    def __init__(self, db: TenantDB, *, session_class: type[AsyncSession] = AsyncSession) -> None:
+        self.sync_db = db
+        self.session_class = session_class
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="tenantdb-manage")  # starts no thread before its first use
+        self.tenants = _Awaited(db.tenants, self._run)
+        self.servers = _Awaited(db.servers, self._run)
+        self.users = _Awaited(db.users, self._run)
+        self.memberships = _Awaited(db.memberships, self._run)
+        self.refresh_tokens = _Awaited(db.refresh_tokens, self._run)
+        self.audit = _Awaited(db.audit, self._run)
+        self.provision = self._awaited(db.provision)
+        self.suspend = self._awaited(db.suspend)
+        self.activate = self._awaited(db.activate)
+        self.update = self._awaited(db.update)
+        self.work = self._awaited(db.work)
+        self.for_each = self._awaited(db.for_each)
+        self.init = self._awaited(db.init)
+        self.check = self._awaited(db.check)
+
+    def __repr__(self) -> str:
+        return f"Async{self.sync_db!r}"
+
+    # -- data --------------------------------------------------------------------------------------------------------------------------
+
+    def session(self, tenant: TenantKey | None = None, **options: Any) -> AsyncSession:
+        """See `TenantDB.session`."""
+        return self._session(tenant, None, options)
+
+    def _session(self, tenant: TenantKey | None, execution_options: dict[str, Any] | None, options: dict[str, Any]) -> AsyncSession:
+        db = self.sync_db
+        pin = Pin(db._pin_key(tenant), self._lookup_engine, execution_options)
+        options = {**db.session_options, **check_session_options(options)}
+        return self.session_class(sync_session_class=db._pinned, pin=pin, **options)
+
+    @asynccontextmanager
+    async def begin(self, tenant: TenantKey | None = None, **options: Any) -> AsyncIterator[AsyncSession]:
+        """See `TenantDB.begin`."""
+        async with self._session(tenant, {"tenantdb_begin": "IMMEDIATE"}, options) as session, session.begin():
+            yield session
+
+    @asynccontextmanager
+    async def connect(self, tenant: TenantKey | None = None) -> AsyncIterator[AsyncConnection]:
+        """See `TenantDB.connect`."""
+        engine = await self.engine(tenant)
+        async with engine.connect() as connection:
+            yield connection
+
+    async def engine(self, tenant: TenantKey | None = None) -> AsyncEngine:
+        """The running event loop's engine of the tenant as it is now; see `TenantDB.engine`."""
+        key = self.sync_db._pin_key(tenant)
+        return self.sync_db._engines.async_engine_of(await self.sync_db._lookups.arecord(key), key)
+
+    def tenant_context(self, tenant: TenantKey, *, switch: bool = False) -> TenantContext:
+        """See `TenantDB.tenant_context`; ``async with`` looks the tenant up without blocking the event loop."""
+        return self.sync_db.tenant_context(tenant, switch=switch)
+
+    async def resolve(self, tenant: TenantKey) -> Tenant:
+        """See `TenantDB.resolve`."""
+        return await self.sync_db._lookups.aservable(tenant_key(tenant))
+
+    def _lookup_engine(self, key: str | UUID) -> tuple[UUID, Engine]:
+        """Called by a session inside SQLAlchemy's greenlet, where a coroutine can be awaited from plain code."""
+        db = self.sync_db
+        record = db._registry.peek(key) or await_in_greenlet(db._lookups.arecord(key))
+        ensure_servable(record.tenant, key)
+        return record.tenant.id, db._engines.async_engine_of(record, key).sync_engine
+
+    # -- the installation --------------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any = None) -> AsyncIterator[None]:
+        """An ASGI lifespan: refuses to start without a usable registry, and closes at the end. ``FastAPI(lifespan=adb.lifespan)``."""
+        await self._run(self.sync_db.ping)
+        try:
+            yield
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Close this event loop's connections, then the `TenantDB`."""
+        await self.sync_db._engines.aclose()
+        await self._run(self.sync_db.close)
+        self._executor.shutdown(wait=False)
+
+    async def _run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        call = functools.partial(contextvars.copy_context().run, functools.partial(fn, *args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def _awaited(self, fn: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
+        @functools.wraps(fn)
+        async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return await self._run(fn, *args, **kwargs)
+
+        return call
+
+
+class _Awaited:
+    """A collection whose methods run in a worker thread."""
+
+    def __init__(self, collection: object, run: Callable[..., Coroutine[Any, Any, Any]]) -> None:
+        self._collection = collection
+        self._run = run
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        method = getattr(self._collection, name)
+        if not inspect.ismethod(method):
+            raise AttributeError(name)
+        return functools.partial(self._run, method)

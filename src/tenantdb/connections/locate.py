@@ -1,0 +1,62 @@
+"""Where a tenant is: the one function that sessions, migrations and seeds ask."""
+
+from __future__ import annotations
+
+import threading
+import time
+from uuid import UUID
+
+from cachetools import TTLCache
+
+from tenantdb.backends import Location
+from tenantdb.errors import TenantNotFound, TenantNotReady, TenantSuspended
+from tenantdb.model import DatabaseRole, Server, Tenant, TenantState
+from tenantdb.registry import Registry
+from tenantdb.registry.records import TenantRecord
+from tenantdb.settings import ConnectionURL, Settings, check_host
+
+_SERVERS_KEPT = 1024
+
+
+class Locator:
+    """Answers from the registry, with the few servers kept for a moment. Safe to share between threads."""
+
+    def __init__(self, registry: Registry, settings: Settings) -> None:
+        self._registry = registry
+        self._settings = settings
+        self._servers: TTLCache[UUID, Server] = TTLCache(_SERVERS_KEPT, settings.cache_ttl, timer=time.monotonic)
+        self._lock = threading.Lock()
+
+    def locate(self, record: TenantRecord, role: DatabaseRole) -> Location:
+        """The location for one role. Raises: `TenantNotReady` where no names are reserved yet; `ConfigError` for a host that is refused."""
+        tenant = record.tenant
+        if record.server_id is None or tenant.database is None:
+            raise TenantNotReady(tenant.slug, str(tenant.state))
+        server = self._server(record.server_id)
+        check_host(ConnectionURL(server.backend, server.host), self._settings, f"server {server.name!r}")
+        registry = self._registry
+
+        def password() -> str:
+            return registry.owner_password(record) if role is DatabaseRole.OWNER else registry.runtime_password(record)
+
+        return Location(tenant, server, role, password)
+
+    def _server(self, server_id: UUID) -> Server:
+        with self._lock:
+            known = self._servers.get(server_id)
+        if known is None:
+            known = self._registry.servers.get(server_id)
+            with self._lock:
+                self._servers[server_id] = known
+        return known
+
+
+def ensure_servable(tenant: Tenant, key: object) -> Tenant:
+    """Refuse a tenant that may not be served. Raises: `TenantSuspended`, `TenantNotReady`, `TenantNotFound` for deleted and purged ones."""
+    if tenant.servable:
+        return tenant
+    if tenant.state is TenantState.SUSPENDED:
+        raise TenantSuspended(tenant.slug)
+    if tenant.state in {TenantState.PROVISIONING, TenantState.FAILED, TenantState.MAINTENANCE}:
+        raise TenantNotReady(tenant.slug, str(tenant.state))
+    raise TenantNotFound(str(key))

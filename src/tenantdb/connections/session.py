@@ -1,0 +1,80 @@
+"""Sessions of the application's own class, pinned to one tenant.
+
+The tenant is fixed when the session is made; the engine is looked up when SQL is first sent in each transaction. So a session that
+outlives a suspension is refused at its next transaction, one that outlives a move of the tenant goes to the new place, and none holds an
+engine that the cache has let go. There is no context-dependent routing: a session made for one tenant never reaches another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import SessionTransaction
+
+from tenantdb.errors import ConfigError
+
+EngineLookup = Callable[[str | UUID], tuple[UUID, Engine]]
+"""From a key to the tenant's id and its engine, refusing what may not be served."""
+
+_RESERVED = ("bind", "binds", "sync_session_class", "twophase")
+
+
+class Pin:
+    """Which tenant a session belongs to. Once the tenant is known it is known by id: a slug may pass to another tenant."""
+
+    __slots__ = ("_key", "_lookup", "_options", "leased")
+
+    def __init__(self, key: str | UUID, lookup: EngineLookup, options: dict[str, Any] | None = None) -> None:
+        self._key = key
+        self._lookup = lookup
+        self._options = options
+        self.leased: Any = None  # the engine of the transaction under way
+
+    def engine(self) -> Any:
+        if self.leased is not None:
+            return self.leased
+        self._key, engine = self._lookup(self._key)
+        return engine.execution_options(**self._options) if self._options else engine
+
+
+class PinnedSession:
+    """Mixed into the application's session class by `pinned`."""
+
+    def __init__(self, *args: Any, pin: Pin, **options: Any) -> None:
+        self._tenantdb_pin = pin
+        super().__init__(*args, **options)
+
+    def get_bind(self, mapper: Any = None, *, bind: Any = None, **context: Any) -> Any:
+        """The tenant's engine, whatever is executed. Raises: the typed error that says why the tenant cannot be served."""
+        if bind is not None and bind is not self._tenantdb_pin.leased:
+            raise ConfigError("a tenant's session does not take another bind; open a plain Session for databases that are no tenant's")
+        return self._tenantdb_pin.engine()
+
+
+@functools.cache
+def pinned(session_class: Any) -> Any:
+    """A subclass of the application's session class whose instances take ``pin=``."""
+    made = type(f"Tenant{session_class.__name__}", (PinnedSession, session_class), {})
+
+    @event.listens_for(made, "after_begin")
+    def hold(session: Any, transaction: SessionTransaction, connection: Connection) -> None:
+        session._tenantdb_pin.leased = connection.engine
+
+    @event.listens_for(made, "after_transaction_end")
+    def let_go(session: Any, transaction: SessionTransaction) -> None:
+        if transaction.parent is None:
+            session._tenantdb_pin.leased = None
+
+    return made
+
+
+def check_session_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse options that would lead a session elsewhere. Raises: `ConfigError`."""
+    if wrong := [name for name in _RESERVED if name in options]:
+        raise ConfigError(f"session_options cannot contain {', '.join(wrong)}: the tenant decides where a session goes")
+    return options

@@ -1,0 +1,290 @@
+"""`TenantDB`: one object for web, worker, command line, Alembic and tests. It wires the parts together and decides nothing itself."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.orm import Session
+
+from tenantdb.backends import backend
+from tenantdb.connections.each import ForEachReport, for_each
+from tenantdb.connections.engines import Engines
+from tenantdb.connections.locate import Locator, ensure_servable
+from tenantdb.connections.lookup import Lookups
+from tenantdb.connections.session import Pin, check_session_options, pinned
+from tenantdb.context import TenantContext, pinned_key
+from tenantdb.model import NewUser, Subscription, Tenant, TenantState, User
+from tenantdb.provisioning.hooks import Hooks
+from tenantdb.provisioning.lifecycle import Lifecycle
+from tenantdb.registry import Registry
+from tenantdb.registry.secrets import Keyring
+from tenantdb.resolvers import tenant_key
+from tenantdb.settings import Settings
+
+if TYPE_CHECKING:
+    from tenantdb.migrations.tenants import TenantMigrations
+    from tenantdb.provisioning.check import Finding
+    from tenantdb.provisioning.provisioner import Provisioner
+
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+TenantKey = str | UUID | Tenant
+
+
+class TenantDB:
+    """A database for every tenant, behind SQLAlchemy's own sessions.
+
+    ``url`` is the registry; ``sqlite:///data/central.sqlite3`` needs nothing else. ``server`` is the provisioner's URL, only where
+    databases are made. ``settings`` are further fields of `Settings`; a ready `Settings` may stand in place of the URL. Constructing
+    opens nothing.
+
+    A tenant is named by its slug, its id or a `Tenant`; left out, the bound one is meant (`tenant_context`). One instance serves all
+    threads and event loops of a process. Raises: `ConfigError` and its kin for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        url: str | URL | Settings,
+        *,
+        server: str | URL | None = None,
+        servers: Mapping[str, str | URL] | None = None,
+        registry_admin: str | URL | None = None,
+        secret_keys: Sequence[str] | None = None,
+        migrations: str | None = None,
+        session_class: type[Session] = Session,
+        session_options: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        given = {
+            "server": server,
+            "servers": servers,
+            "registry_admin": registry_admin,
+            "secret_keys": secret_keys,
+            "migrations": migrations,
+            **settings,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(url, Settings):
+            self.settings = Settings(**{**dict(url), **given}) if given else url
+        else:
+            self.settings = Settings(url=url, **given)
+        self.session_class = session_class
+        self.session_options = check_session_options(dict(session_options or {}))
+        keyring = Keyring([key.get_secret_value() for key in self.settings.secret_keys])
+        product = backend(self.settings.url.backend)
+        engine = product.registry_engine(self.settings.url, self.settings)
+        own = self.settings.registry_admin
+        self._registry = Registry(engine, engine if own is None else product.registry_engine(own, self.settings), self.settings, keyring)
+        self._locator = Locator(self._registry, self.settings)
+        self._lookups = Lookups(self._registry)
+        self._engines = Engines(self._registry, self._locator, self.settings)
+        self._hooks = Hooks()
+        self._lifecycle = Lifecycle(self._registry, self._engines, self._hooks)
+        self._pinned: Any = pinned(cast("Any", session_class))
+        self.tenants = self._registry.tenants
+        self.servers = self._registry.servers
+        self.users = self._registry.users
+        self.memberships = self._registry.memberships
+        self.refresh_tokens = self._registry.refresh_tokens
+        self.audit = self._registry.audit
+
+    @classmethod
+    def from_env(
+        cls, *, session_class: type[Session] = Session, session_options: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> TenantDB:
+        """Made from ``TENANTDB_*`` variables; see `Settings.from_env`."""
+        return cls(Settings.from_env(**overrides), session_class=session_class, session_options=session_options)
+
+    def __repr__(self) -> str:
+        return f"TenantDB({str(self.settings.url)!r})"
+
+    # -- data --------------------------------------------------------------------------------------------------------------------------
+
+    def session(self, tenant: TenantKey | None = None, **options: Any) -> Session:
+        """A session of the application's class on the tenant's database. It does not commit by itself.
+
+        The tenant is fixed now; it is refused now where its record is in memory, and at the latest when SQL is first sent.
+        Raises: `NoTenantBound`, `TenantAlreadyBound`, `InvalidTenantKey`, `TenantNotFound`, `TenantSuspended`, `TenantNotReady`.
+        """
+        return self._session(tenant, None, options)
+
+    def _session(self, tenant: TenantKey | None, execution_options: dict[str, Any] | None, options: dict[str, Any]) -> Session:
+        key = self._pin_key(tenant)
+        pin = Pin(key, self._lookup_engine, execution_options)
+        made: Session = self._pinned(pin=pin, **{**self.session_options, **check_session_options(options)})
+        return made
+
+    @contextmanager
+    def begin(self, tenant: TenantKey | None = None, **options: Any) -> Iterator[Session]:
+        """A session in a transaction that commits when the block ends well, as SQLAlchemy's ``sessionmaker.begin()``."""
+        with self._session(tenant, {"tenantdb_begin": "IMMEDIATE"}, options) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def connect(self, tenant: TenantKey | None = None) -> Iterator[Connection]:
+        """A Core connection on the tenant's database. It does not commit by itself."""
+        with self.engine(tenant).connect() as connection:
+            yield connection
+
+    def engine(self, tenant: TenantKey | None = None) -> Engine:
+        """The engine of the tenant as it is now. Ask again for each piece of work: one kept for long outlives its place in the cache."""
+        return self._engines.engine(self._pin_key(tenant))
+
+    def tenant_context(self, tenant: TenantKey, *, switch: bool = False) -> TenantContext:
+        """Bind the tenant for a block or, as a decorator, for a function of any kind; ``with ... as tenant`` gives the `Tenant`.
+
+        Raises on entering: what `session` raises; `TenantAlreadyBound` where another tenant is bound, unless ``switch``.
+        """
+        return TenantContext(tenant_key(tenant), self._lookups, switch=switch)
+
+    def resolve(self, tenant: TenantKey) -> Tenant:
+        """The tenant, if it may be served. Raises: `TenantNotFound`, `TenantSuspended`, `TenantNotReady`, `RegistryUnavailable`."""
+        return self._lookups.servable(tenant_key(tenant))
+
+    def for_each(
+        self, fn: Callable[[Tenant], R], *, state: TenantState | str = TenantState.ACTIVE, concurrency: int = 8
+    ) -> ForEachReport[R]:
+        """Call ``fn(tenant)`` for every tenant of a state, with the tenant bound, in ``concurrency`` threads.
+
+        One that raises an `Exception` is reported under its slug and does not stop the others.
+        """
+        return for_each(self._registry, fn, state=state, concurrency=concurrency)
+
+    def _pin_key(self, tenant: TenantKey | None) -> str | UUID:
+        key = pinned_key(None if tenant is None else tenant_key(tenant))
+        record = self._registry.peek(key)
+        return key if record is None else ensure_servable(record.tenant, key).id
+
+    def _lookup_engine(self, key: str | UUID) -> tuple[UUID, Engine]:
+        record = self._lookups.record(key)
+        return record.tenant.id, self._engines.engine_of(record, key)
+
+    # -- one tenant's life -------------------------------------------------------------------------------------------------------------
+
+    def provision(
+        self,
+        slug: str,
+        *,
+        name: str | None = None,
+        owner: User | UUID | NewUser | None = None,
+        email: str | None = None,
+        phone: str | None = None,
+        country: str | None = None,
+        plan: str | None = None,
+        subscription: Subscription | str = Subscription.TRIAL,
+        metadata: Mapping[str, Any] | None = None,
+        server: str | None = None,
+        region: str | None = None,
+        idempotency_key: str | None = None,
+        exist_ok: bool = False,
+    ) -> Tenant:
+        """Make a tenant: registry row, roles, database, grants, migrations, seeds, verification.
+
+        ``owner`` becomes a member with that role; a `NewUser` is made in the same transaction. The same ``idempotency_key`` with the same
+        request returns the same tenant; ``exist_ok`` returns whatever has the slug, for scripts. After an error the same call continues
+        where it stopped. In a process without a provisioner the tenant comes back in state ``provisioning`` and `work` makes it elsewhere.
+
+        Raises: `InvalidSlug` before any SQL; `TenantExists`, `UserExists`, `InvalidUser`; `ProvisioningError`, after which the tenant is
+        ``failed`` with its reason.
+        """
+        return self._provisioner.provision(
+            slug,
+            owner=owner,
+            idempotency_key=idempotency_key,
+            exist_ok=exist_ok,
+            server=server,
+            region=region,
+            name=name,
+            email=email,
+            phone=phone,
+            country=country,
+            plan=plan,
+            subscription=subscription,
+            metadata=metadata,
+        )
+
+    def suspend(self, tenant: TenantKey) -> Tenant:
+        """Stop serving a tenant; its data stays. Raises: `IllegalTransition`, `TenantNotFound`."""
+        return self._lifecycle.suspend(self.tenants.get(tenant))
+
+    def activate(self, tenant: TenantKey) -> Tenant:
+        """Serve a suspended tenant again. Raises: `IllegalTransition`, `TenantNotFound`."""
+        return self._lifecycle.activate(self.tenants.get(tenant))
+
+    def update(self, tenant: TenantKey, **changes: Any) -> Tenant:
+        """Change name, email, phone, country, plan, subscription, subscription_expires_at or metadata; None clears what may be empty.
+
+        Raises: `TypeError` for another field, `TenantNotFound`.
+        """
+        return self._lifecycle.update(self.tenants.get(tenant), changes)
+
+    def work(self, *, stop: threading.Event | None = None, poll: float = 1.0) -> int:
+        """Carry out what other processes left in the journal, and return how many operations were done.
+
+        Without ``stop`` it ends when nothing is left; with it, it looks every ``poll`` seconds until the event is set. An operation that
+        fails is recorded and logged, and the next one is taken. Raises: `ConfigError` where this process has no provisioner.
+        """
+        return self._provisioner.work(stop=stop, poll=poll)
+
+    def seed(self, fn: F) -> F:
+        """Register ``fn(session, tenant)``, which writes first rows as the runtime role, in the provisioning's one seed transaction."""
+        return self._hooks.seed(fn)
+
+    def on(self, event: str) -> Callable[[F], F]:
+        """Register ``fn(tenant)`` for an event such as ``after_activate``. Raises: `ConfigError` for an event that does not exist."""
+        return self._hooks.on(event)
+
+    # -- the installation --------------------------------------------------------------------------------------------------------------
+
+    def init(self) -> None:
+        """Make or upgrade the registry's tables, and register the servers of the settings that it does not know. May run any number of
+        times. Raises: `RegistryUnavailable`, `RegistryOutOfRange`, `SecretKeyError`, `HardeningFailed`.
+        """
+        backend(self.settings.url.backend).prepare_registry(self.settings.admin_url)
+        self._registry.init()
+        known = {server.name for server in self.servers.list()}
+        for name, url in self.settings.provisioners.items():
+            if name not in known:
+                self.servers.add(name, backend=url.backend, host=url.host, port=url.port, path=url.path and os.path.abspath(url.path))
+
+    def ping(self) -> None:
+        """Ask the registry one question. Raises: `RegistryError` and its kin, `SecretKeyError` where the keys are not the registry's."""
+        self._registry.ping()
+
+    def check(self) -> list[Finding]:
+        """Look at settings, keys, registry, servers and rights, and change nothing. Problems come first; an empty list: all is well."""
+        from tenantdb.provisioning.check import check
+
+        return check(self._registry, self.settings)
+
+    @functools.cached_property
+    def migrations(self) -> TenantMigrations:
+        """The tenants' schema: head, what is pending, upgrading one tenant."""
+        from tenantdb.migrations.tenants import TenantMigrations
+
+        return TenantMigrations(self._registry, self._locator, self.settings)
+
+    @functools.cached_property
+    def _provisioner(self) -> Provisioner:
+        from tenantdb.provisioning.provisioner import Provisioner
+
+        return Provisioner(self._registry, self._locator, self.settings, self._hooks, self.session_class)
+
+    def close(self) -> None:
+        """Close idle connections and threads; leased connections close when they come back. May be called twice."""
+        self._engines.close()
+        self._lookups.close()
+        self._registry.close()
+
+    def __enter__(self) -> TenantDB:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,89 @@
+"""One database brought to one revision by the application's Alembic scripts.
+
+Alembic's ``op`` and ``context`` are globals of the process: two upgrades at once run one tenant's DDL in another's database and report
+success. So everything that runs Alembic here, the registry's own history included, holds one lock of the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.engine import Connection, Engine
+
+from tenantdb.errors import MigrationError
+from tenantdb.registry.schema import alembic_lock
+
+CONNECTION = "connection"  # key in Config.attributes, as in Alembic's cookbook
+OPTIONS = "tenantdb_options"
+
+
+class Scripts:
+    """An Alembic script location: ``package:folder`` or a path. Raises `MigrationError` where it is none or has several heads."""
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+
+    @property
+    def head(self) -> str | None:
+        """The newest revision, None for a location without revisions."""
+        with alembic_lock, _as_migration_error():
+            return ScriptDirectory.from_config(self._config()).get_current_head()
+
+    def upgrade(self, engine: Engine, revision: str = "head") -> str | None:
+        """Bring a database to a revision, through the application's ``env.py``, and return what it is at then.
+
+        On PostgreSQL and SQLite a migration that raises leaves nothing of itself behind. May run again. Raises: `MigrationError` where the
+        script location is unusable or its ``env.py`` migrated something else; what a migration raises passes through unchanged.
+        """
+        config = self._config()
+        with alembic_lock, engine.connect() as connection:
+            config.attributes[CONNECTION] = connection
+            with _as_migration_error():
+                command.upgrade(config, revision)
+            connection.rollback()
+            found = current_revision(connection)
+        if revision == "head" and found != self.head:
+            raise MigrationError(
+                f"the script location {self._location!r} left the database at {found!r} instead of {self.head!r}:"
+                " its env.py must call tenantdb.migrations.run_env(db, target_metadata=...)"
+            )
+        return found
+
+    def _config(self) -> Config:
+        config = Config()
+        location = self._location if ":" in self._location else str(Path(self._location).absolute())
+        config.set_main_option("script_location", location.replace("%", "%%"))
+        return config
+
+
+def current_revision(connection: Connection) -> str | None:
+    """The revision a database is at, from its own version table."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def upgrade_in_place(connection: Connection, scripts: ScriptDirectory, options: dict[str, Any]) -> None:
+    """Bring a scratch database to head without an environment, from inside one: the ``context`` in use stays as it is."""
+
+    def path(revision: Any, context: Any) -> Any:
+        return scripts._upgrade_revs("head", revision)
+
+    context = MigrationContext.configure(connection, opts={**options, "fn": path, "script": scripts})
+    with context.begin_transaction(), Operations.context(context):
+        context.run_migrations()
+
+
+@contextmanager
+def _as_migration_error() -> Iterator[None]:
+    try:
+        yield
+    except CommandError as error:
+        raise MigrationError(str(error)) from error

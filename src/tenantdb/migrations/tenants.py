@@ -1,0 +1,84 @@
+"""Tenants' databases for Alembic: one as its owner role, a scratch one, and bringing one tenant to head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.engine import Connection
+
+from tenantdb.backends import backend
+from tenantdb.connections.engines import one_engine
+from tenantdb.connections.locate import Locator
+from tenantdb.errors import MigrationError
+from tenantdb.migrations.scripts import Scripts, current_revision
+from tenantdb.model import DatabaseRole, Tenant, TenantState
+from tenantdb.registry import Registry
+from tenantdb.resolvers import tenant_key
+from tenantdb.settings import Settings
+
+_MIGRATED = (TenantState.ACTIVE, TenantState.SUSPENDED, TenantState.MAINTENANCE)
+
+
+class TenantMigrations:
+    """What `TenantDB.migrations` is."""
+
+    def __init__(self, registry: Registry, locator: Locator, settings: Settings) -> None:
+        self._registry = registry
+        self._locator = locator
+        self._settings = settings
+
+    @property
+    def scripts(self) -> Scripts:
+        """The script location of the settings. Raises: `MigrationError` where there is none."""
+        if self._settings.migrations is None:
+            raise MigrationError("no migrations are configured; give migrations='package:folder' or TENANTDB_MIGRATIONS")
+        return Scripts(self._settings.migrations)
+
+    @property
+    def head(self) -> str | None:
+        return self.scripts.head
+
+    @property
+    def dialect_name(self) -> str:
+        provisioners = [*self._settings.provisioners.values(), self._settings.url]
+        return provisioners[0].backend
+
+    def pending(self) -> list[Tenant]:
+        """The tenants whose recorded revision is not the head, by slug: active, suspended and under maintenance."""
+        head = self.head
+        tenants = [tenant for state in _MIGRATED for tenant in self._registry.tenants.list(state)]
+        return sorted((tenant for tenant in tenants if tenant.revision != head), key=lambda tenant: tenant.slug)
+
+    def upgrade(self, tenant: Tenant | str, revision: str = "head") -> Tenant:
+        """Bring one tenant to a revision as its owner role, and record it. May run again. One at a time in a process.
+
+        Raises: `MigrationError`, `ServerUnavailable`; what a migration raises passes through, with nothing of that migration left behind.
+        """
+        record = self._registry.tenants.record(tenant_key(tenant))
+        with one_engine(self._locator.locate(record, DatabaseRole.OWNER), self._settings) as engine:
+            found = self.scripts.upgrade(engine, revision)
+        return self._registry.tenants.set_revision(record.tenant, found)
+
+    @contextmanager
+    def owner_connection(self, tenant: str) -> Iterator[Connection]:
+        """See `tenantdb.migrations.env.Databases`."""
+        record = self._registry.tenants.record(tenant_key(tenant))
+        with one_engine(self._locator.locate(record, DatabaseRole.OWNER), self._settings) as engine:
+            with engine.connect() as connection:
+                yield connection
+                connection.rollback()
+                found = current_revision(connection)
+        if found != record.tenant.revision:
+            self._registry.tenants.set_revision(record.tenant, found)
+
+    @contextmanager
+    def scratch_connection(self) -> Iterator[Connection]:
+        """See `tenantdb.migrations.env.Databases`. Raises: `MigrationError` where this process may not create databases."""
+        provisioners = self._settings.provisioners
+        if not provisioners:
+            raise MigrationError("autogenerate compares with a scratch database, and this process has no provisioner; give server=...")
+        name, url = next(iter(provisioners.items()))
+        server = self._registry.servers.get(name)
+        with backend(server.backend).scratch_engine(server, url, self._settings) as engine, engine.connect() as connection:
+            yield connection

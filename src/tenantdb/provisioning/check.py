@@ -1,0 +1,70 @@
+"""Looks at an installation and changes nothing: settings, keys, registry, servers, rights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from tenantdb.backends import backend
+from tenantdb.errors import TenantDBError
+from tenantdb.registry import Registry
+from tenantdb.settings import SQLITE, Settings
+
+
+class Severity(str, Enum):
+    """A problem keeps something from working; a warning leaves something more open than it could be."""
+
+    PROBLEM = "problem"
+    WARNING = "warning"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that `TenantDB.check` found, where, and in words."""
+
+    severity: Severity
+    subject: str
+    text: str
+
+
+def check(registry: Registry, settings: Settings) -> list[Finding]:
+    """Problems first, then warnings."""
+    findings = _settings(settings)
+    try:
+        registry.ping()
+        servers = {server.name: server for server in registry.servers.list()}
+    except TenantDBError as error:
+        return [Finding(Severity.PROBLEM, "registry", error.explain()), *findings]
+    if not servers:
+        findings.append(Finding(Severity.PROBLEM, "servers", "no database server is registered; give server=... and run `tenantdb init`"))
+    for name, url in settings.provisioners.items():
+        server = servers.get(name)
+        if server is None:
+            findings.append(Finding(Severity.PROBLEM, f"server {name}", "it is not in the registry; run `tenantdb init`"))
+            continue
+        try:
+            texts = backend(server.backend).check_server(server, url, settings)
+        except TenantDBError as error:
+            findings.append(Finding(Severity.PROBLEM, f"server {name}", error.explain()))
+        else:
+            findings += [Finding(Severity.WARNING, f"server {name}", text) for text in texts]
+    return sorted(findings, key=lambda finding: finding.severity is Severity.WARNING)
+
+
+def _settings(settings: Settings) -> list[Finding]:
+    def warn(text: str) -> Finding:
+        return Finding(Severity.WARNING, "settings", text)
+
+    findings = []
+    if settings.url.backend != SQLITE and settings.registry_admin is None:
+        findings.append(
+            warn("one login serves and owns the registry, so it owns the audit log too; give registry_admin= a login of its own")
+        )
+    if settings.insecure_transport:
+        findings.append(warn("insecure_transport=True: connections off this machine may be read and redirected"))
+    if settings.migrations is None:
+        findings.append(warn("no migrations are configured: new tenants start with an empty schema"))
+    return findings

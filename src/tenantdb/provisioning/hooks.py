@@ -1,0 +1,62 @@
+"""What an application adds to a tenant's life: seeds, and functions called before and after an event.
+
+A ``before_`` hook that raises stops the operation with nothing done. An ``after_`` hook comes when the change is committed, so one that
+raises is logged and undoes nothing. None receives a secret.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy.orm import Session
+
+from tenantdb.errors import ConfigError
+from tenantdb.model import Tenant
+
+Seed = Callable[[Session, Tenant], None]
+Hook = Callable[[Tenant], None]
+S = TypeVar("S", bound=Callable[..., Any])
+
+EVENTS = tuple(f"{when}_{verb}" for verb in ("provision", "activate", "suspend", "update") for when in ("before", "after"))
+
+logger = logging.getLogger("tenantdb.hooks")
+
+
+class Hooks:
+    """The seeds and hooks of one `TenantDB`, in the order of their registration."""
+
+    def __init__(self) -> None:
+        self.seeds: list[Seed] = []
+        self._hooks: dict[str, list[Hook]] = {event: [] for event in EVENTS}
+
+    def seed(self, fn: S) -> S:
+        self.seeds.append(fn)
+        return fn
+
+    def on(self, event: str) -> Callable[[S], S]:
+        """Register a function for an event. Raises: `ConfigError` for an event that does not exist."""
+        if event not in self._hooks:
+            raise ConfigError(f"there is no event {event!r}; there are {', '.join(EVENTS)}")
+
+        def register(fn: S) -> S:
+            self._hooks[event].append(fn)
+            return fn
+
+        return register
+
+    def before(self, verb: str, tenant: Tenant) -> None:
+        for hook in self._hooks[f"before_{verb}"]:
+            hook(tenant)
+
+    def after(self, verb: str, tenant: Tenant) -> None:
+        for hook in self._hooks[f"after_{verb}"]:
+            try:
+                hook(tenant)
+            except Exception:
+                logger.exception("the after_%s hook %r failed for tenant %s; the change stands", verb, _name_of(hook), tenant.id)
+
+
+def _name_of(hook: Hook) -> str:
+    return getattr(hook, "__qualname__", type(hook).__name__)

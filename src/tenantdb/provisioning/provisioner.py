@@ -1,0 +1,116 @@
+"""Signing a tenant up, and carrying out what is in the journal."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from tenantdb.connections.locate import Locator
+from tenantdb.errors import ConfigError, ProvisioningError, TenantExists, TenantNotFound, UserExists
+from tenantdb.model import NewUser, Tenant, TenantState, User
+from tenantdb.provisioning.hooks import Hooks
+from tenantdb.provisioning.journal import WORKER, carry_out
+from tenantdb.provisioning.steps import LEASE, Work
+from tenantdb.registry import Registry, SignUp
+from tenantdb.registry.operations import Operation, OperationState
+from tenantdb.resolvers import canonical_slug
+from tenantdb.settings import Settings
+
+logger = logging.getLogger("tenantdb.provisioning")
+
+Owner = User | UUID | NewUser | None
+
+
+class Provisioner:
+    """Makes tenants. With no provisioner's URL in the settings it only writes down what is wanted."""
+
+    def __init__(self, registry: Registry, locator: Locator, settings: Settings, hooks: Hooks, session_class: type[Session]) -> None:
+        self._registry = registry
+        self._locator = locator
+        self._settings = settings
+        self._hooks = hooks
+        self._session_class = session_class
+
+    def provision(
+        self,
+        slug: str,
+        *,
+        owner: Owner,
+        idempotency_key: str | None,
+        exist_ok: bool,
+        server: str | None,
+        region: str | None,
+        **details: Any,
+    ) -> Tenant:
+        canonical_slug(slug)
+        request = SignUp(slug=slug, owner=owner, idempotency_key=idempotency_key, payload={"server": server, "region": region}, **details)
+        repeated = False
+        try:
+            tenant, operation = self._registry.sign_up(request)
+        except (TenantExists, UserExists) as error:
+            tenant, operation = self._existing(request, error, exist_ok=exist_ok)
+            repeated = not exist_ok
+        if tenant.state not in {TenantState.PROVISIONING, TenantState.FAILED} or not self._settings.provisioners:
+            if repeated:
+                raise TenantExists(slug)
+            return tenant
+        claimed = self._registry.operations.claim(operation.id, WORKER, LEASE)
+        if claimed is None:  # another process is at work on it
+            if repeated:
+                raise TenantExists(slug)
+            return self._registry.tenants.get(tenant.id)
+        return self._carry_out(claimed)
+
+    def _existing(self, request: SignUp, error: TenantExists | UserExists, *, exist_ok: bool) -> tuple[Tenant, Operation]:
+        """The tenant that is there already, for whoever may have it: a script that says ``exist_ok``, or the repetition of a call that
+        failed.
+
+        A repetition is the same request, by the same owner, of a tenant that never became active. Everybody else is told that it exists.
+        """
+        try:
+            tenant = self._registry.tenants.get(request.slug)
+        except TenantNotFound:
+            raise error from None
+        operation = self._registry.operations.for_tenant(tenant.id)
+        if operation is None:
+            raise error
+        if exist_ok and isinstance(error, TenantExists):
+            return tenant, operation
+        abandoned = tenant.state is TenantState.PROVISIONING and operation.state is OperationState.RUNNING
+        same = operation.request_hash == request.fingerprint()
+        if not same or not (abandoned or tenant.state is TenantState.FAILED):
+            raise error
+        owner = request.owner
+        if isinstance(owner, NewUser) and not self._registry.users.verifies(owner.email, owner.password):
+            raise error
+        return tenant, operation
+
+    def work(self, *, stop: threading.Event | None, poll: float) -> int:
+        if not self._settings.provisioners:
+            raise ConfigError("a worker creates databases; give server=... or TENANTDB_SERVER")
+        done = 0
+        while stop is None or not stop.is_set():
+            claimed = self._registry.operations.claim_next(WORKER, LEASE)
+            if claimed is None:
+                if stop is None:
+                    break
+                stop.wait(poll)
+                continue
+            try:
+                self._carry_out(claimed)
+                done += 1
+            except ProvisioningError:
+                logger.exception("operation %s failed; the journal and the tenant's row say why", claimed.id)
+        return done
+
+    def _carry_out(self, operation: Operation) -> Tenant:
+        record = self._registry.tenants.record(operation.tenant_id)
+        work = Work(self._registry, self._settings, self._locator, self._hooks, self._session_class, operation, record)
+        tenant = carry_out(work)
+        self._hooks.after("provision", tenant)
+        self._hooks.after("activate", tenant)
+        return tenant
