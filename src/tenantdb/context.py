@@ -112,6 +112,17 @@ def bind(tenant: Tenant, *, switch: bool = False) -> Binding:
     return Binding(tenant)
 
 
+@contextmanager
+def unbound() -> Iterator[None]:
+    """No tenant is bound in this block, whatever is bound around it: where a request begins."""
+    previous = _bound.get()
+    _bound.set(None)
+    try:
+        yield
+    finally:
+        _bound.set(previous)
+
+
 class ServableTenants(Protocol):
     """Where a `TenantContext` finds its tenant; both raise the typed error that says why it cannot be served."""
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 from uuid import UUID
 
 from tenantdb.connections.locate import ensure_servable
 from tenantdb.model import Tenant
 from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _THREADS = 4  # apart from those for management, so that a request never waits behind a migration
 
@@ -29,10 +35,12 @@ class Lookups:
     async def arecord(self, key: str | UUID) -> TenantRecord:
         """The same, without blocking the event loop."""
         found = self._registry.peek(key)
-        if found is not None:
-            return found
-        context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, self._registry.lookup, key)
+        return await self.run(self._registry.lookup, key) if found is None else found
+
+    async def run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """A short question to the registry, from the event loop."""
+        call = functools.partial(contextvars.copy_context().run, functools.partial(fn, *args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def servable(self, key: str | UUID) -> Tenant:
         """Raises: also what `ensure_servable` raises."""
