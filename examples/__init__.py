@@ -1,0 +1,1 @@
+"""Applications that show how tenantdb is used. Not part of the package."""

@@ -1,0 +1,1 @@
+"""The clinic over HTTP: thin routes over the stores."""

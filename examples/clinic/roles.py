@@ -1,0 +1,42 @@
+"""Who may do what: one table. Roles come from the registry with each request, so that a change counts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fastapi import Depends
+
+from tenantdb import MemberRole
+from tenantdb.fastapi import require_role
+
+Action = Literal["read", "create", "update", "delete", "restore"]
+
+READ: frozenset[Action] = frozenset({"read"})
+WRITE: frozenset[Action] = READ | {"create", "update"}
+ALL: frozenset[Action] = WRITE | {"delete", "restore"}
+
+_ROLES = (MemberRole.OWNER, MemberRole.ADMIN, MemberRole.USER, MemberRole.READONLY)
+_TABLE: Mapping[str, tuple[frozenset[Action], ...]] = {
+    # resource          owner, admin, user, readonly
+    "patients": (ALL, ALL, WRITE, READ),
+    "practitioners": (ALL, ALL, READ, READ),
+    "appointments": (ALL, ALL, ALL, READ),
+    "medical-records": (ALL, ALL, WRITE, READ),
+    "documents": (ALL, ALL, WRITE, READ),
+    "consents": (ALL, ALL, WRITE, READ),
+    "consent-templates": (ALL, ALL, READ, READ),
+    "products": (ALL, ALL, READ, READ),
+    "services": (ALL, ALL, READ, READ),
+    "categories": (ALL, ALL, READ, READ),
+}
+
+
+def allowed(resource: str, action: Action) -> list[MemberRole]:
+    """The roles that may take `action` on `resource`."""
+    return [role for role, actions in zip(_ROLES, _TABLE[resource], strict=True) if action in actions]
+
+
+def may(resource: str, action: Action) -> Any:
+    """A route dependency that refuses every other role."""
+    return Depends(require_role(*allowed(resource, action)))

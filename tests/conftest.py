@@ -1,0 +1,30 @@
+"""What holds for every test: no setting of the person who runs them leaks in; and the installations that tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests import world
+
+
+def pytest_configure() -> None:
+    """A TENANTDB_* variable of the developer's shell must not decide a test, nor what a fixture of the whole session opens."""
+    for name in [name for name in os.environ if name.startswith("TENANTDB_")]:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def postgresql_world() -> Iterator[world.PostgreSQLWorld]:
+    """One PostgreSQL from the wheel for all tests that need no server of their own. Each application in it has its own registry."""
+    with world.pg_world() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def sqlite_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[world.SQLiteWorld]:
+    """The same on SQLite."""
+    with world.sqlite_world(tmp_path_factory.mktemp("sqlite")) as made:
+        yield made
