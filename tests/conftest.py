@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import world
 
+MEMORY = Path("/dev/shm")
+ROOM = 8 << 30  # bytes; a database of PostgreSQL takes 8 MB, and the tests make hundreds
+
 
 def pytest_configure() -> None:
-    """A TENANTDB_* variable of the developer's shell must not decide a test, nor what a fixture of the whole session opens."""
+    """A TENANTDB_* variable of the developer's shell must not decide a test, nor what a fixture of the whole session opens.
+
+    Temporary files go to memory where there is room: a disk with ext4 makes a database up to 15 times slower after many were dropped.
+    """
     for name in [name for name in os.environ if name.startswith("TENANTDB_")]:
         del os.environ[name]
+    if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ["TMPDIR"] = str(MEMORY)
+        tempfile.tempdir = None  # look again
 
 
 @pytest.fixture(scope="session")

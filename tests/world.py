@@ -1,7 +1,7 @@
 """Whole installations for tests: registry, logins, provisioner, key; on real PostgreSQL from the wheel and on SQLite.
 
 A world stands for a machine. `World.make_db` founds an application on it, with a registry of its own; `World.twin` is a second process of
-that application. A world can also do what no application can: edit rows behind tenantdb's back, look at what is open, make the registry fail.
+that application. A world can also do what no application can: edit rows behind tenantdb's back, count what is open, make the registry fail.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class PostgreSQLWorld(World):
         return len(ended)
 
     def _run(self, statement: str, *parts: sql.Composable) -> None:
-        self.superuser.execute(sql.SQL(statement).format(*parts))  # type: ignore[arg-type]
+        self.superuser.execute(sql.SQL(statement).format(*parts))
 
 
 class SQLiteWorld(World):

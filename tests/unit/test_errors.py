@@ -1,0 +1,153 @@
+"""The exception tree: each error has a code of its own, says what happened, and survives a trip to another process."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from tenantdb import errors
+from tenantdb.errors import TenantDBError, all_errors, describe
+
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
+ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
+    TenantDBError: ("something", "happened"),
+    errors.ConfigError: ("pool_size is wrong",),
+    errors.SecretKeyError: ("there is none",),
+    errors.InsecureTransport: ("db1.example", "sslmode=disable"),
+    errors.RegistryError: ("it cannot serve",),
+    errors.RegistryUnavailable: ("nothing listens there",),
+    errors.RegistryNotInitialized: (),
+    errors.RegistryOutOfRange: ("0009", "0001", "0002"),
+    errors.CredentialTampered: ("acme", "runtime_secret"),
+    errors.TenantError: ("acme",),
+    errors.InvalidSlug: ("Acme", "lower case only"),
+    errors.TenantNotFound: ("acme", "acne"),
+    errors.InvalidTenantKey: ("Acme", "lower case only"),
+    errors.TenantExists: ("acme",),
+    errors.TenantSuspended: ("acme",),
+    errors.TenantNotReady: ("acme", "maintenance"),
+    errors.IllegalTransition: ("acme", "active", "purged"),
+    errors.ProvisioningError: ("acme", "seed", "it raised"),
+    errors.OperationInProgress: ("acme",),
+    errors.NoServerAvailable: ("eu-1",),
+    errors.HardeningFailed: (("PUBLIC may connect", "the role is a superuser"),),
+    errors.MigrationError: ("there is no env.py",),
+    errors.ServerUnavailable: ("default", "nothing listens there"),
+    errors.ServerStartFailed: ("it ended", ("line 1", "line 2")),
+    errors.BudgetExhausted: ("acme", 30.02, 5),
+    errors.WrongDatabase: ("acme", "another stamp"),
+    errors.ContextError: ("a bug",),
+    errors.NoTenantBound: (),
+    errors.TenantAlreadyBound: ("acme", "beta"),
+    errors.TenantContextClosed: ("acme",),
+    errors.AccessError: ("no",),
+    errors.AuthenticationRequired: ("sign in",),
+    errors.InvalidToken: ("it has expired",),
+    errors.InvalidCredentials: ("wrong",),
+    errors.NotAMember: ("no",),
+    errors.RoleRequired: ("user", ("owner", "admin")),
+    errors.InvalidPath: ("dot segments",),
+    errors.InvalidUser: ("the password is too short",),
+    errors.UserExists: (),
+    errors.UserNotFound: ("7",),
+}
+"""What each is made with. A new error without an entry fails the first test."""
+
+every_error = pytest.mark.parametrize("kind", list(dict.fromkeys(all_errors())), ids=lambda kind: kind.__name__)
+
+
+def test_every_error_of_the_module_is_in_the_tree_and_has_an_example() -> None:
+    public = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)}
+    assert public == {kind for kind in all_errors() if kind.__module__ == errors.__name__} == set(ARGUMENTS)
+
+
+@every_error
+def test_an_error_comes_back_from_pickling_and_copying_the_same(kind: type[TenantDBError]) -> None:
+    error = kind(*ARGUMENTS[kind])
+    for back in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(back) is kind
+        assert back.args == error.args == ARGUMENTS[kind]
+        assert str(back) == str(error)
+        assert vars(back) == vars(error)
+
+
+@every_error
+def test_an_error_says_its_facts_and_ends_with_the_place_in_the_docs(kind: type[TenantDBError]) -> None:
+    error = kind(*ARGUMENTS[kind])
+    text = str(error)
+    assert text.endswith(f"(docs: errors#{kind.code})")
+    assert error.explain() in text and error.explain()
+    for fact in ARGUMENTS[kind]:
+        for part in [fact] if isinstance(fact, (str, int)) else fact if isinstance(fact, tuple) else []:
+            assert str(part) in text
+
+
+def test_no_two_errors_share_a_code_and_a_code_can_be_an_anchor() -> None:
+    codes = [kind.code for kind in dict.fromkeys(all_errors())]
+    assert len(set(codes)) == len(codes)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in codes)
+
+
+@every_error
+def test_an_error_has_a_status_and_says_when_to_come_back_only_where_that_can_help(kind: type[TenantDBError]) -> None:
+    assert 400 <= kind.http_status <= 599
+    assert "code" in vars(kind), "a subclass that inherits its code cannot be told from its base"
+    assert kind.__doc__
+    if kind.retry_after is not None:
+        assert kind.retryable and kind.http_status in (409, 503)
+    assert not (kind.retryable and kind.http_status < 409)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        (errors.AuthenticationRequired, 401),
+        (errors.InvalidToken, 401),
+        (errors.NotAMember, 403),
+        (errors.TenantNotFound, 404),
+        (errors.TenantSuspended, 403),
+        (errors.TenantNotReady, 503),
+        (errors.BudgetExhausted, 503),
+        (errors.ServerUnavailable, 503),
+        (errors.RegistryUnavailable, 503),
+        (errors.WrongDatabase, 503),
+        (errors.TenantExists, 409),
+        (errors.NoTenantBound, 500),
+        (errors.TenantAlreadyBound, 500),
+        (errors.TenantContextClosed, 500),
+    ],
+)
+def test_the_statuses_are_the_designs(kind: type[TenantDBError], status: int) -> None:
+    assert kind.http_status == status
+
+
+def test_unknown_not_servable_and_out_of_reach_are_three_errors() -> None:
+    three = (errors.TenantNotFound, errors.TenantSuspended, errors.RegistryUnavailable)
+    assert not any(issubclass(one, other) for one in three for other in three if one is not other)
+
+
+def test_the_docs_page_has_every_code_once_and_no_other() -> None:
+    anchors = re.findall(r"^#+ .*?\{ *#([\w-]+) *\}", DOCS.read_text(), flags=re.MULTILINE)
+    codes = {kind.code for kind in all_errors()}
+    assert [code for code in codes if anchors.count(code) != 1] == []
+
+
+def test_describe_keeps_our_words_and_drops_a_drivers_because_they_may_quote_a_row() -> None:
+    assert describe(errors.TenantSuspended("acme")) == errors.TenantSuspended("acme").explain()
+    assert describe(ValueError("three beds")) == "ValueError: three beds"
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE TABLE patients (name TEXT UNIQUE)")
+    connection.execute("INSERT INTO patients VALUES ('canary')")
+    with pytest.raises(sqlite3.IntegrityError) as caught:
+        connection.execute("INSERT INTO patients VALUES ('canary')")
+    connection.close()
+    wrapped = IntegrityError("INSERT INTO patients VALUES ('canary')", None, caught.value)
+    assert describe(wrapped).startswith("IntegrityError")
+    assert "canary" not in describe(wrapped) and "patients" not in describe(wrapped)

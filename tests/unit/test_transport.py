@@ -1,0 +1,113 @@
+"""Whoever is not on this machine gets no byte without verified TLS and SCRAM; which address counts is the one that is connected to."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy.pool import NullPool
+
+from tenantdb.backends import Location
+from tenantdb.backends.postgresql import PostgreSQL
+from tenantdb.backends.postgresql.connect import transport
+from tenantdb.connections.locate import Locator
+from tenantdb.errors import ConfigError
+from tenantdb.model import DatabaseRole, Server, Tenant, TenantState
+from tenantdb.registry import TenantRecord
+from tenantdb.registry.secrets import generate_key
+from tenantdb.settings import Settings
+
+KEY = generate_key()
+SAFE = {"sslmode": "verify-full", "sslrootcert": "system", "require_auth": "scram-sha-256"}
+
+
+def settings(**more: Any) -> Settings:
+    return Settings(url="postgresql://app@localhost/central", secret_keys=[KEY], **more)
+
+
+@pytest.mark.parametrize(
+    "host", ["db.example.org", "10.0.0.7", "2001:db8::1", "::ffff:127.0.0.1", "127.0.0.1.nip.io", "localhost.example.org", "0.0.0.0"]
+)
+def test_a_host_off_this_machine_gets_verified_tls_and_scram(host: str) -> None:
+    assert SAFE.items() <= transport(host, settings()).items()
+
+
+@pytest.mark.parametrize("host", [None, "localhost", "127.0.0.1", "127.0.0.53", "::1", "/run/postgresql"])
+def test_this_machine_needs_none(host: str | None) -> None:
+    assert SAFE.keys().isdisjoint(transport(host, settings()))
+
+
+def test_a_url_adds_to_it_and_cannot_weaken_it() -> None:
+    given = transport("db.example.org", settings(ssl_root_cert="ours.pem"), {"sslcert": "client.pem"})
+
+    assert given.items() >= {**SAFE, "sslrootcert": "ours.pem", "sslcert": "client.pem"}.items()
+    assert SAFE.keys().isdisjoint(transport("db.example.org", settings(insecure_transport=True)))
+
+
+def test_an_old_libpq_that_cannot_insist_on_scram_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psycopg.pq.version", lambda: 150018)
+
+    with pytest.raises(ConfigError, match="libpq is older than 16"):
+        transport("db.example.org", settings())
+    transport("localhost", settings())
+
+
+class Looked(Exception):
+    """The arguments have been seen; nothing needs to be opened."""
+
+
+def location(role: DatabaseRole, **address: Any) -> Location:
+    tenant = Tenant(
+        id=uuid.uuid4(), slug="acme", name="Acme", state=TenantState.ACTIVE, database="t_0", owner_role="t_1", runtime_role="t_2"
+    )
+    server = Server(id=uuid.uuid4(), name="default", backend="postgresql", **address)
+    return Location(tenant, server, role, lambda: "secret")
+
+
+@pytest.mark.parametrize("remote", list(DatabaseRole), ids=str)
+def test_a_pooler_on_this_machine_does_not_take_tls_from_the_way_to_the_server(
+    monkeypatch: pytest.MonkeyPatch, remote: DatabaseRole
+) -> None:
+    near, far = ("localhost", 6432), ("db.example.org", 5432)
+    runtime, direct = (far, near) if remote is DatabaseRole.RUNTIME else (near, far)
+    address = {"host": runtime[0], "port": runtime[1], "direct_host": direct[0], "direct_port": direct[1]}
+    asked: list[dict[str, Any]] = []
+
+    def look(*_: Any, **arguments: Any) -> None:
+        asked.append(arguments)
+        raise Looked
+
+    monkeypatch.setattr("psycopg.connect", look)
+    for role in DatabaseRole:
+        with pytest.raises(Looked):
+            PostgreSQL().engine(location(role, **address), settings(), poolclass=NullPool).connect()
+        assert (asked[-1]["host"], asked[-1]["port"]) == (far if role is remote else near)
+        assert (SAFE.items() <= asked[-1].items()) == (role is remote)
+
+
+@dataclass
+class Servers:
+    """A registry's servers, of which there is one."""
+
+    server: Server
+
+    def get(self, _: uuid.UUID) -> Server:
+        return self.server
+
+
+@pytest.mark.parametrize("role", list(DatabaseRole), ids=str)
+def test_allowed_hosts_are_asked_about_the_address_that_is_connected_to(role: DatabaseRole) -> None:
+    record = TenantRecord(tenant=location(role).tenant, server_id=uuid.uuid4(), runtime_secret=None)
+    given = settings(allowed_hosts=["localhost"])
+    for which in ("host", "direct_host"):
+        address = {"host": "localhost", "direct_host": "localhost"} | {which: "169.254.169.254"}
+        registry: Any = SimpleNamespace(servers=Servers(location(role, **address).server))
+        locator = Locator(registry, given)
+        if (which == "direct_host") == (role is DatabaseRole.OWNER):
+            with pytest.raises(ConfigError, match="not among allowed_hosts"):
+                locator.locate(record, role)
+        else:
+            locator.locate(record, role)
