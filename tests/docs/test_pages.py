@@ -1,0 +1,90 @@
+"""Every block of every other page runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tenantdb.registry.secrets import Keyring
+from tenantdb.testing.postgres import EmbeddedServer
+from tests.docs.reader import DOCS, ROOT, Reader, blocks, pages
+from tests.world import PostgreSQLWorld
+
+ELSEWHERE = {"tutorial.md", "howto/postgresql.md", "howto/tests.md", "howto/workers.md"}  # followed by a test of their own
+IN_THE_SHOP = ["howto/alembic.md", "howto/scripts.md", "howto/logging.md"]
+
+
+@pytest.mark.parametrize("page", IN_THE_SHOP)
+@pytest.mark.timeout(300)
+def test_the_how_to_pages_work_in_the_shop_of_the_tutorial(page: str, shop: Reader) -> None:
+    shop.follow(page)
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page not in {*ELSEWHERE, *IN_THE_SHOP}])
+def test_the_other_pages_work_in_an_empty_folder(page: str, tmp_path: Path) -> None:
+    with Reader(tmp_path) as reader:
+        reader.follow(page)
+
+
+@pytest.mark.timeout(300)
+def test_the_fixtures_test_the_shop_on_sqlite_and_on_postgresql(shop: Reader) -> None:
+    # A plugin of these tests, not of the reader's, which warns where it finds no configuration.
+    shop.environment["PYTEST_ADDOPTS"] = "-p no:asyncio"
+
+    shop.follow("howto/tests.md")
+
+
+@pytest.mark.timeout(300)
+def test_workers_carry_out_what_a_web_process_left(shop: Reader, postgresql_world: PostgreSQLWorld) -> None:
+    settings = postgresql_world._new_registry()
+    runtime_keys = Keyring(settings["secret_keys"]).derive("runtime")
+    web = {"TENANTDB_URL": settings["url"], "TENANTDB_SECRET_KEYS": " ".join(runtime_keys)}
+    worker = {
+        "TENANTDB_SECRET_KEYS": " ".join(settings["secret_keys"]),
+        "TENANTDB_SERVER": settings["server"],
+        "TENANTDB_REGISTRY_ADMIN": settings["registry_admin"],
+    }
+    shop.write("worker.env", "".join(f"export {name}={shlex.quote(value)}\n" for name, value in worker.items()))
+    shop.environment |= {**web, **worker}
+    shop.run("tenantdb init; tenantdb provision acme --name 'Acme Ltd'; tenantdb provision globex --name 'Globex Inc'")
+    for name in worker:
+        del shop.environment[name]
+    shop.environment |= web
+
+    shop.follow("howto/workers.md")
+
+
+@pytest.mark.timeout(300)
+def test_a_postgresql_server_is_set_up_as_the_page_says(tmp_path: Path) -> None:
+    with EmbeddedServer(fsync=False) as server, psycopg.connect(server.url(), autocommit=True) as superuser:
+        here = {"127.0.0.1:5432": f"127.0.0.1:{server.port}"}
+        with Reader(tmp_path, {"PGPASSWORD": server.password}, here, superuser.execute) as reader:
+            reader.follow("howto/postgresql.md")
+
+
+def test_the_twelve_lines_are_those_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = next(block.text for block in blocks("index.md") if block.language == "python")
+
+    assert f"```python\n{first}```" in readme
+
+
+def test_every_reason_not_to_run_a_block_is_a_sentence_and_rare() -> None:
+    reasons = [block.reason for page in pages() for block in blocks(page) if block.reason is not None]
+
+    assert all(len(reason.split()) > 3 for reason in reasons)
+    assert len(reasons) <= 8
+
+
+def test_packages_are_installed_with_extras_that_exist() -> None:
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    wanted = [
+        extra for path in DOCS.rglob("*.md") for found in re.findall(r"\[([a-z,]+)\]'", path.read_text()) for extra in found.split(",")
+    ]
+
+    assert wanted
+    assert set(wanted) <= set(extras)

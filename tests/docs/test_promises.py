@@ -1,0 +1,171 @@
+"""What the pages say of the library in lists, tables and drawings is what the library has."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+import tenantdb
+from tenantdb.backends.postgresql.inspect import MANAGED_GAPS
+from tenantdb.cli.group import cli
+from tenantdb.errors import TenantDBError, all_errors
+from tenantdb.model import TRANSITIONS
+from tenantdb.provisioning.hooks import EVENTS
+from tenantdb.provisioning.steps import STEPS
+from tenantdb.registry.tables import VERSION_TABLE, metadata
+from tenantdb.settings import Settings
+from tenantdb.testing import plugin
+from tests.docs.reader import DOCS, blocks, pages
+from tests.unit.test_layering import LINE
+
+
+def text(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def prose(page: str) -> str:
+    """A page without its line breaks."""
+    return " ".join(text(page).split())
+
+
+def rows(page: str, *, columns: int) -> list[list[str]]:
+    """The rows of the tables with so many columns whose first cell is code."""
+    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text(page).splitlines() if line.startswith("| `")]
+    return [row for row in found if len(row) == columns]
+
+
+# -- settings --------------------------------------------------------------------------------------------------------------------------
+
+
+def documented_default(name: str) -> str:
+    field = Settings.model_fields[name]
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    if default in (None, (), {}):
+        return "none"
+    return f"`{default}`"
+
+
+def test_every_setting_has_its_row_with_its_variable_and_its_default() -> None:
+    documented = {row[0].strip("`"): (row[1], row[2]) for row in rows("reference/settings.md", columns=4)}
+
+    assert documented == {name: (f"`TENANTDB_{name.upper()}`", documented_default(name)) for name in Settings.model_fields}
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------------------------
+
+
+def library_errors() -> list[type[TenantDBError]]:
+    """Without those that an application, the command line or another test derives."""
+    return [error for error in all_errors() if error.__module__ == TenantDBError.__module__]
+
+
+def facts(error: type[TenantDBError]) -> str:
+    again = "no"
+    if error.retryable:
+        again = "yes" if error.retry_after is None else f"yes, after {error.retry_after} s"
+    return f"HTTP {error.http_status} · try again: {again}"
+
+
+def test_every_error_has_its_anchor_its_status_and_its_advice() -> None:
+    section = re.compile(
+        r"^### (?P<name>\w+) \{ #(?P<code>[\w-]+) \}\n\n(?P<facts>HTTP [^\n]+)\n\n(?P<advice>(?:(?!^#).)+)", re.MULTILINE | re.DOTALL
+    )
+    documented = {match["name"]: (match["code"], match["facts"]) for match in section.finditer(text("reference/errors.md"))}
+
+    assert documented == {error.__name__: (error.code, facts(error)) for error in library_errors()}
+
+
+def test_error_codes_are_unique_so_that_an_anchor_leads_to_one_error() -> None:
+    codes = [error.code for error in library_errors()]
+
+    assert len(codes) == len(set(codes))
+
+
+# -- drawings and lists ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_drawing_of_the_lifecycle_is_the_table_of_transitions() -> None:
+    drawing = next(block.text for block in blocks("explanation/architecture.md") if "stateDiagram" in block.text)
+    drawn = set(re.findall(r"^\s*(\w+) --> (\w+)", drawing, re.MULTILINE))
+
+    assert drawn == {(str(here), str(there)) for here, wanted in TRANSITIONS.items() for there in wanted}
+
+
+def test_the_registrys_tables_are_listed() -> None:
+    listed = [row[0].strip("`") for row in rows("explanation/architecture.md", columns=2) if row[0].startswith("`tenantdb_")]
+
+    assert sorted(listed) == sorted([*metadata.tables, VERSION_TABLE])
+
+
+def test_the_steps_of_provisioning_are_named_in_order() -> None:
+    assert ", ".join(f"`{name}`" for name, _ in STEPS) in prose("howto/workers.md")
+
+
+def test_the_events_of_hooks_are_named() -> None:
+    verbs = sorted({event.split("_")[1] for event in EVENTS})
+
+    assert set(EVENTS) == {f"{when}_{verb}" for when in ("before", "after") for verb in verbs}
+    assert all(f"`{verb}`" in text("howto/workers.md") for verb in verbs)
+
+
+def test_what_stays_open_on_managed_servers_is_said_in_the_words_of_check() -> None:
+    listed = re.findall(r"^- (hardening='managed': .+)$", text("howto/postgresql.md"), re.MULTILINE)
+
+    assert listed == list(MANAGED_GAPS)
+
+
+# -- command line ----------------------------------------------------------------------------------------------------------------------
+
+
+def verbs(command: click.Command, name: str) -> dict[str, set[str]]:
+    """The options of each verb by its full name; a group without options of its own is only its verbs."""
+    options = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
+    found = {name: options} if options or not isinstance(command, click.Group) else {}
+    for child, each in command.commands.items() if isinstance(command, click.Group) else ():
+        found |= verbs(each, f"{name} {child}")
+    return found
+
+
+def test_every_verb_of_the_command_line_has_its_section_with_its_options() -> None:
+    sections = re.findall(r"^### (tenantdb[\w -]*)\n(.*?)(?=^##|\Z)", text("reference/cli.md"), re.MULTILINE | re.DOTALL)
+    documented = {
+        name: {option for row in re.findall(r"^\| (`-.*?`) \|", section, re.MULTILINE) for option in re.findall(r"`(-[\w-]+)", row)}
+        for name, section in sections
+    }
+
+    assert documented == verbs(cli, "tenantdb")
+
+
+# -- public names ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = text("reference/api.md")
+    elsewhere = {"Settings": "settings.md", "errors": "errors.md"}
+
+    missing = [name for name in tenantdb.__all__ if name not in elsewhere and not re.search(rf"\b{name}\b", page)]
+
+    assert missing == []
+
+
+def test_the_layers_are_those_that_the_tests_hold_the_code_to() -> None:
+    drawn = " ← ".join(", ".join(place) for place in LINE)
+
+    assert drawn in prose("explanation/architecture.md")
+
+
+def test_no_drawing_holds_a_semicolon_which_ends_a_statement_in_mermaid() -> None:
+    drawings = [block.text for page in pages() for block in blocks(page) if block.language == "mermaid"]
+
+    assert drawings
+    assert not any(";" in drawing for drawing in drawings)
+
+
+def test_the_fixtures_for_users_tests_are_listed() -> None:
+    listed = {row[0].strip("`") for row in rows("howto/tests.md", columns=3)}
+
+    assert listed <= set(vars(plugin))
+    assert listed == {"tenant_db", "tenant", "tenant_session"}
