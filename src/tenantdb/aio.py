@@ -120,9 +120,9 @@ class AsyncTenantDB:
             await self.close()
 
     async def close(self) -> None:
-        """Close this event loop's connections, then the `TenantDB`."""
+        """Close this event loop's connections, then the `TenantDB`. May be called twice."""
         await self.sync_db._engines.aclose()
-        await self._run(self.sync_db.close)
+        await asyncio.to_thread(self.sync_db.close)  # not in a thread of our own: those may be gone already
         self._executor.shutdown(wait=False)
 
     async def _run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

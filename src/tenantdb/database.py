@@ -158,7 +158,9 @@ class TenantDB:
         return for_each(self._registry, fn, state=state, concurrency=concurrency)
 
     def _pin_key(self, tenant: TenantKey | None) -> str | UUID:
-        key = pinned_key(None if tenant is None else tenant_key(tenant))
+        if tenant is None:
+            return pinned_key(None)  # checked when it was bound, and again when SQL is sent
+        key = pinned_key(tenant_key(tenant))
         record = self._registry.peek(key)
         return key if record is None else ensure_servable(record.tenant, key).id
 
@@ -234,7 +236,10 @@ class TenantDB:
         return self._provisioner.work(stop=stop, poll=poll)
 
     def seed(self, fn: F) -> F:
-        """Register ``fn(session, tenant)``, which writes first rows as the runtime role, in the provisioning's one seed transaction."""
+        """Register ``fn(session, tenant)``, which writes first rows as the runtime role; all seeds share one transaction.
+
+        It may run again, also after it was committed: when the process dies before the journal says so.
+        """
         return self._hooks.seed(fn)
 
     def on(self, event: str) -> Callable[[F], F]:

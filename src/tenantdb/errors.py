@@ -7,6 +7,7 @@ processes). "Unknown tenant", "tenant not servable" and "registry unreachable" a
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -568,3 +569,8 @@ def describe(error: BaseException) -> str:
     if sqlstate or hasattr(error, "orig"):
         return f"{type(origin).__name__}" + (f" ({sqlstate})" if sqlstate else "")
     return f"{type(error).__name__}: {error}"
+
+
+def describe_with_frames(error: BaseException) -> str:
+    """The same with the lines of code that it came through, for logs: a logged exception would show the driver's text, and rows in it."""
+    return f"{describe(error)}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()

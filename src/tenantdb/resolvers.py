@@ -16,6 +16,7 @@ from tenantdb.model import Tenant
 SLUG_RULE = "3 to 40 characters, lower-case letters a-z, digits and hyphens, beginning with a letter, not ending with a hyphen"
 _SLUG = re.compile(r"[a-z][a-z0-9-]{1,38}[a-z0-9]", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
+_UUID_SHAPED = re.compile(r"-*(?:[0-9a-f]-*){32}", re.ASCII)  # what uuid.UUID would read: hyphens anywhere, or none
 
 RESERVED_SLUGS = frozenset(
     "www api app admin administrator auth login logout register signup status health healthz docs help support mail smtp ftp ssh"
@@ -30,7 +31,7 @@ def canonical_slug(value: str) -> str:
     """Check that ``value`` may be a new tenant's slug and return it. Raises: `InvalidSlug`, which says the rule that is broken."""
     if not _SLUG.fullmatch(value):
         raise InvalidSlug(_shown(value), f"a slug has {SLUG_RULE}")
-    if _UUID.fullmatch(value):
+    if _UUID_SHAPED.fullmatch(value):
         raise InvalidSlug(_shown(value), "it has the shape of a UUID, which names a tenant by its id")
     if value in RESERVED_SLUGS:
         raise InvalidSlug(_shown(value), "the name is reserved")
@@ -44,7 +45,7 @@ def tenant_key(value: str | UUID | Tenant) -> str | UUID:
     if isinstance(value, UUID):
         return value
     if isinstance(value, str):
-        if _SLUG.fullmatch(value) and not _UUID.fullmatch(value):
+        if _SLUG.fullmatch(value) and not _UUID_SHAPED.fullmatch(value):
             return value
         if len(value) == 36 and _UUID.fullmatch(value.lower()):
             return UUID(value)

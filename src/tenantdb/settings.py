@@ -126,7 +126,14 @@ class Settings(BaseModel):
     a key; `InsecureTransport` where a server off this machine would be reached without verified TLS.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        defer_build=True,
+    )
 
     url: _Url
     """The registry. ``sqlite:///folder/file`` needs nothing else; on PostgreSQL the login that serves (the ``app`` login)."""

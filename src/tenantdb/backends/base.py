@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import SecretStr
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
@@ -31,6 +32,15 @@ class Location:
     role: DatabaseRole
     password: Callable[[], str] = field(repr=False)
 
+    @property
+    def host(self) -> str | None:
+        """The owner role goes to the server itself, the runtime role perhaps to a pooler."""
+        return self.server.direct_host if self.role is DatabaseRole.OWNER else self.server.host
+
+    @property
+    def port(self) -> int | None:
+        return self.server.direct_port if self.role is DatabaseRole.OWNER else self.server.port
+
 
 @dataclass(frozen=True, slots=True)
 class FoundDatabase:
@@ -49,7 +59,7 @@ class Workshop(Protocol):
         """Make the tenant's database, closed to everyone until `open_database`."""
 
     def drop_invalid_database(self, name: str) -> None: ...
-    def create_roles(self, tenant: Tenant, owner_password: str, runtime_password: str) -> None:
+    def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         """Make both roles, or give them these passwords where they exist."""
 
     def open_database(self, tenant: Tenant) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
+from pydantic import SecretStr
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -61,6 +62,7 @@ class SQLite:
     def prepare_registry(self, url: ConnectionURL) -> None:
         path = Path(url.path or "").absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # it holds password hashes
         with closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
 
@@ -103,18 +105,19 @@ class SQLite:
             dbapi_connection.isolation_level = None  # we send BEGIN ourselves
             cursor = dbapi_connection.cursor()
             try:
-                cursor.execute(f"PRAGMA busy_timeout={int(settings.lock_timeout * 1000)}")
-                # A batch migration rebuilds tables, and with enforcement on dropping the old one would delete or refuse what refers to
-                # it. The switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
-                cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")
-                cursor.execute("PRAGMA synchronous=NORMAL")  # in WAL mode safe against a crash of the process
-                if location is not None:
-                    _check_identity(cursor, location.tenant)
+                try:
+                    cursor.execute(f"PRAGMA busy_timeout={int(settings.lock_timeout * 1000)}")
+                    # A batch migration rebuilds tables, and with enforcement on dropping the old one would delete or refuse what refers
+                    # to it. The switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
+                    cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")
+                    cursor.execute("PRAGMA synchronous=NORMAL")  # in WAL mode safe against a crash of the process
+                    if location is not None:
+                        _check_identity(cursor, location.tenant)
+                finally:
+                    cursor.close()
             except BaseException:
                 dbapi_connection.close()
                 raise
-            finally:
-                cursor.close()
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
@@ -159,7 +162,7 @@ class SQLiteWorkshop:
     def drop_invalid_database(self, name: str) -> None:
         """Nothing to do: a file exists or it does not."""
 
-    def create_roles(self, tenant: Tenant, owner_password: str, runtime_password: str) -> None:
+    def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         raise ConfigError("SQLite has no roles")
 
     def open_database(self, tenant: Tenant) -> None:

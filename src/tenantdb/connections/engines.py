@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
@@ -47,18 +46,26 @@ class Lane(Generic[E]):
         if engine is not None:
             with self._lock, contextlib.suppress(KeyError):  # evicted in between: it still works, and closes what comes back
                 self._engines.move_to_end(key)
+            if len(self._engines) > self._limit:  # more were busy at once than may be kept, and some may be idle by now
+                self._trim(key)
             return engine
         made = make()  # opens nothing, so making one too many is harmless; reading secrets under the lock would not be
         with self._lock:
             engine = self._engines.setdefault(key, made)
             self._engines.move_to_end(key)
-            victims = self._choose_victims(key)
-        for victim in victims:
-            self._retire(victim)
+        self._trim(key)
         return engine
 
+    def _trim(self, newest: _Key) -> None:
+        with self._lock:
+            victims = self._choose_victims(newest)
+        for victim in victims:
+            self._retire(victim)
+
     def _choose_victims(self, newest: _Key) -> list[E]:
-        victims = []
+        tenant_id, _, role = newest
+        outdated = [key for key in self._engines if key[0] == tenant_id and key[2] is role and key != newest]
+        victims = [self._engines.pop(key) for key in outdated]  # leased or not: what comes back is closed
         for key in list(self._engines):
             if len(self._engines) <= self._limit:
                 break
@@ -105,7 +112,8 @@ class Engines:
         self._locator = locator
         self._settings = settings
         self._threads: Lane[Engine] = Lane(settings.max_engines, _sync_pool)
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lane[AsyncEngine]] = weakref.WeakKeyDictionary()
+        # Not by weak references: a loop that was collected would take its lane along, and the lane's connections would stay open.
+        self._loops: dict[asyncio.AbstractEventLoop, Lane[AsyncEngine]] = {}
         self._lock = threading.Lock()
 
     def engine(self, key: str | UUID) -> Engine:
@@ -123,7 +131,7 @@ class Engines:
         return lane.get((tenant.id, tenant.generation, DatabaseRole.RUNTIME), lambda: self._make_async(record))
 
     def forget(self, tenant_id: UUID) -> None:
-        """A tenant has changed: retire its engines in this lane; those of other event loops follow when the record is next looked up."""
+        """A tenant has changed: retire its engines in this lane; another event loop's when it next makes one of the new generation."""
         self._threads.forget(tenant_id)
         with contextlib.suppress(RuntimeError):  # no event loop runs in this thread
             self._loop_lane(asyncio.get_running_loop()).forget(tenant_id)

@@ -33,13 +33,17 @@ class Locator:
         if record.server_id is None or tenant.database is None:
             raise TenantNotReady(tenant.slug, str(tenant.state))
         server = self._server(record.server_id)
-        check_host(ConnectionURL(server.backend, server.host), self._settings, f"server {server.name!r}")
         registry = self._registry
 
         def password() -> str:
-            return registry.owner_password(record) if role is DatabaseRole.OWNER else registry.runtime_password(record)
+            # An engine lives longer than the record it was made from: a secret that was mended meanwhile is taken from the newer one.
+            newer = registry.peek(tenant.id)
+            current = newer if newer is not None and newer.tenant.generation == tenant.generation else record
+            return registry.owner_password(current) if role is DatabaseRole.OWNER else registry.runtime_password(current)
 
-        return Location(tenant, server, role, password)
+        location = Location(tenant, server, role, password)
+        check_host(ConnectionURL(server.backend, location.host), self._settings, f"server {server.name!r}")
+        return location
 
     def _server(self, server_id: UUID) -> Server:
         with self._lock:

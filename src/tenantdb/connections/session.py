@@ -51,9 +51,17 @@ class PinnedSession:
 
     def get_bind(self, mapper: Any = None, *, bind: Any = None, **context: Any) -> Any:
         """The tenant's engine, whatever is executed. Raises: the typed error that says why the tenant cannot be served."""
+        self._refuse_other(bind)
+        return self._tenantdb_pin.engine()
+
+    def connection(self, bind_arguments: dict[str, Any] | None = None, **options: Any) -> Any:
+        """The session's connection. SQLAlchemy would take another bind given here without asking `get_bind`."""
+        self._refuse_other((bind_arguments or {}).get("bind"))
+        return super().connection(bind_arguments, **options)  # type: ignore[misc]
+
+    def _refuse_other(self, bind: Any) -> None:
         if bind is not None and bind is not self._tenantdb_pin.leased:
             raise ConfigError("a tenant's session does not take another bind; open a plain Session for databases that are no tenant's")
-        return self._tenantdb_pin.engine()
 
 
 @functools.cache

@@ -15,6 +15,7 @@ _INI = """\
 [alembic]
 script_location = {location}
 prepend_sys_path = .
+path_separator = os
 """
 
 

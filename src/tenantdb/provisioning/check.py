@@ -8,7 +8,7 @@ from enum import Enum
 from tenantdb.backends import backend
 from tenantdb.errors import TenantDBError
 from tenantdb.registry import Registry
-from tenantdb.settings import SQLITE, Settings
+from tenantdb.settings import Settings
 
 
 class Severity(str, Enum):
@@ -36,6 +36,7 @@ def check(registry: Registry, settings: Settings) -> list[Finding]:
     try:
         registry.ping()
         servers = {server.name: server for server in registry.servers.list()}
+        findings += [Finding(Severity.WARNING, "registry", text) for text in registry.open_doors()]
     except TenantDBError as error:
         return [Finding(Severity.PROBLEM, "registry", error.explain()), *findings]
     if not servers:
@@ -59,9 +60,12 @@ def _settings(settings: Settings) -> list[Finding]:
         return Finding(Severity.WARNING, "settings", text)
 
     findings = []
-    if settings.url.backend != SQLITE and settings.registry_admin is None:
+    if not settings.provisioners and any(":" not in key.get_secret_value() for key in settings.secret_keys):
         findings.append(
-            warn("one login serves and owns the registry, so it owns the audit log too; give registry_admin= a login of its own")
+            warn(
+                "this process makes no databases and holds root keys, with which it could open owner secrets;"
+                " give it what `tenantdb generate-key --derive runtime` prints"
+            )
         )
     if settings.insecure_transport:
         findings.append(warn("insecure_transport=True: connections off this machine may be read and redirected"))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
-from tenantdb.errors import ConfigError
+from tenantdb.errors import ConfigError, describe_with_frames
 from tenantdb.model import Tenant
 
 Seed = Callable[[Session, Tenant], None]
@@ -46,6 +46,12 @@ class Hooks:
 
         return register
 
+    def extend(self, other: Hooks) -> None:
+        """Take over another's seeds and hooks, behind one's own."""
+        self.seeds += other.seeds
+        for event, hooks in other._hooks.items():
+            self._hooks[event] += hooks
+
     def before(self, verb: str, tenant: Tenant) -> None:
         for hook in self._hooks[f"before_{verb}"]:
             hook(tenant)
@@ -54,8 +60,9 @@ class Hooks:
         for hook in self._hooks[f"after_{verb}"]:
             try:
                 hook(tenant)
-            except Exception:
-                logger.exception("the after_%s hook %r failed for tenant %s; the change stands", verb, _name_of(hook), tenant.id)
+            except Exception as error:
+                told = describe_with_frames(error)
+                logger.error("the after_%s hook %r failed for tenant %s; the change stands. %s", verb, _name_of(hook), tenant.id, told)
 
 
 def _name_of(hook: Hook) -> str:

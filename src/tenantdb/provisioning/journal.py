@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sqlalchemy.engine import Connection
+
 from tenantdb.errors import ProvisioningError, TenantDBError, describe
 from tenantdb.model import Tenant, TenantState
 from tenantdb.provisioning.steps import LEASE, STEPS, Work
@@ -40,7 +42,6 @@ def carry_out(work: Work) -> Tenant:
                 if name != work.operation.step:
                     work.operation = operations.record(work.operation, name, started=False)
                 step(work)
-            operations.finish(work.operation)
         except BaseException as error:
             _give_up(work, error)
             if not isinstance(error, Exception):
@@ -52,15 +53,25 @@ def carry_out(work: Work) -> Tenant:
 def _give_up(work: Work, error: BaseException) -> None:
     """Write down why. When even that fails, the lease runs out and the journal still says where to continue."""
     problem = describe(error) if isinstance(error, Exception) else f"interrupted by {type(error).__name__}"
+    tenants = work.registry.tenants
+
+    def fail_tenant(connection: Connection) -> None:
+        """With the operation, or whoever claims the failed operation could have a tenant that fails under his hands."""
+        tenant = tenants.find_in(connection, work.tenant.id).tenant
+        if tenant.state is TenantState.PROVISIONING:
+            reason = f"{work.operation.step}: {problem}"
+            tenants.transition_in(connection, tenant, TenantState.FAILED, action="tenant.fail", reason=reason)
+
     try:
-        work.registry.operations.fail(work.operation, problem)
-        work.reload()
-        if work.tenant.state is TenantState.PROVISIONING:
-            work.registry.tenants.transition(
-                work.tenant, TenantState.FAILED, action="tenant.fail", reason=f"{work.operation.step}: {problem}"
-            )
-    except TenantDBError:
-        logger.exception("could not record that operation %s failed; it can be taken up when its lease has ended", work.operation.id)
+        work.registry.operations.fail(work.operation, problem, also=fail_tenant)
+        work.registry.forget(work.tenant.id, work.tenant.slug)
+    except TenantDBError as unwritten:
+        logger.error(
+            "could not record that operation %s failed (%s); it can be taken up when its lease has ended: %s",
+            work.operation.id,
+            problem,
+            describe(unwritten),
+        )
 
 
 @contextmanager

@@ -10,19 +10,24 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from tenantdb.connections.locate import Locator
-from tenantdb.errors import ConfigError, ProvisioningError, TenantExists, TenantNotFound, UserExists
+from tenantdb.errors import ConfigError, ProvisioningError, TenantExists, TenantNotFound, UserExists, describe_with_frames
 from tenantdb.model import NewUser, Tenant, TenantState, User
 from tenantdb.provisioning.hooks import Hooks
 from tenantdb.provisioning.journal import WORKER, carry_out
 from tenantdb.provisioning.steps import LEASE, Work
 from tenantdb.registry import Registry, SignUp
 from tenantdb.registry.operations import Operation, OperationState
+from tenantdb.registry.tables import utcnow
 from tenantdb.resolvers import canonical_slug
 from tenantdb.settings import Settings
 
 logger = logging.getLogger("tenantdb.provisioning")
 
 Owner = User | UUID | NewUser | None
+
+_turns = threading.BoundedSemaphore(2)
+"""Operations that this process carries out at a time. Each holds up to two of the provisioner's few connections, and the server makes one
+database after another anyway, so a crowd of sign-ups waits here instead of failing there."""
 
 
 class Provisioner:
@@ -58,12 +63,14 @@ class Provisioner:
             if repeated:
                 raise TenantExists(slug)
             return tenant
-        claimed = self._registry.operations.claim(operation.id, WORKER, LEASE)
-        if claimed is None:  # another process is at work on it
-            if repeated:
-                raise TenantExists(slug)
-            return self._registry.tenants.get(tenant.id)
-        return self._carry_out(claimed)
+        with _turns:
+            claimed = self._registry.operations.claim(operation.id, WORKER, LEASE)
+            made = None if claimed is None else self._carry_out(claimed)
+        if made is not None:
+            return self._announce(made)
+        if repeated:  # somebody else is at work on it, or was
+            raise TenantExists(slug)
+        return self._registry.tenants.get(tenant.id)
 
     def _existing(self, request: SignUp, error: TenantExists | UserExists, *, exist_ok: bool) -> tuple[Tenant, Operation]:
         """The tenant that is there already, for whoever may have it: a script that says ``exist_ok``, or the repetition of a call that
@@ -80,7 +87,9 @@ class Provisioner:
             raise error
         if exist_ok and isinstance(error, TenantExists):
             return tenant, operation
-        abandoned = tenant.state is TenantState.PROVISIONING and operation.state is OperationState.RUNNING
+        abandoned = tenant.state is TenantState.PROVISIONING and (
+            operation.state is OperationState.RUNNING or _forgotten(operation)  # `claim` tells whether its worker is alive
+        )
         same = operation.request_hash == request.fingerprint()
         if not same or not (abandoned or tenant.state is TenantState.FAILED):
             raise error
@@ -94,23 +103,34 @@ class Provisioner:
             raise ConfigError("a worker creates databases; give server=... or TENANTDB_SERVER")
         done = 0
         while stop is None or not stop.is_set():
-            claimed = self._registry.operations.claim_next(WORKER, LEASE)
-            if claimed is None:
-                if stop is None:
-                    break
-                stop.wait(poll)
-                continue
             try:
-                self._carry_out(claimed)
+                with _turns:
+                    claimed = self._registry.operations.claim_next(WORKER, LEASE)
+                    made = None if claimed is None else self._carry_out(claimed)
+            except ProvisioningError as error:
+                told = describe_with_frames(error.__cause__ or error)
+                logger.error("provisioning of %s failed at step %s, and its row says why. %s", error.tenant, error.step, told)
+                continue
+            if made is not None:
+                self._announce(made)
                 done += 1
-            except ProvisioningError:
-                logger.exception("operation %s failed; the journal and the tenant's row say why", claimed.id)
+            elif stop is None:
+                break
+            else:
+                stop.wait(poll)
         return done
 
     def _carry_out(self, operation: Operation) -> Tenant:
         record = self._registry.tenants.record(operation.tenant_id)
         work = Work(self._registry, self._settings, self._locator, self._hooks, self._session_class, operation, record)
-        tenant = carry_out(work)
+        return carry_out(work)
+
+    def _announce(self, tenant: Tenant) -> Tenant:
         self._hooks.after("provision", tenant)
         self._hooks.after("activate", tenant)
         return tenant
+
+
+def _forgotten(operation: Operation) -> bool:
+    """Whether nobody has taken it up for so long that whoever wrote it down must have died right after."""
+    return operation.state is OperationState.PENDING and operation.created_at is not None and operation.created_at < utcnow() - LEASE

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+from pydantic import SecretStr
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from tenantdb.backends import Workshop, backend
@@ -143,8 +145,8 @@ def create_roles(work: Work) -> None:
             _reserve(work, work.server, work.tenant.database or "", replacing=work.tenant.database)
         work.start()
         if work.server.backend != SQLITE:
-            owner, runtime = work.registry.owner_password(work.record), work.registry.runtime_password(work.record)
-            workshop.create_roles(work.tenant, owner, runtime)
+            owner = SecretStr(work.registry.owner_password(work.record))
+            workshop.create_roles(work.tenant, owner, SecretStr(work.registry.runtime_password(work.record)))
 
 
 def open_database(work: Work) -> None:
@@ -183,9 +185,14 @@ def verify(work: Work) -> None:
 
 
 def activate(work: Work) -> None:
-    """Compare-and-set to active: the moment from which the tenant is served."""
-    if work.tenant.state is TenantState.PROVISIONING:
-        work.registry.tenants.transition(work.tenant, TenantState.ACTIVE, action="tenant.provision")
+    """Compare-and-set to active, the moment from which the tenant is served, and the end of the operation, in one transaction."""
+    tenants = work.registry.tenants
+
+    def serve(connection: Connection) -> None:
+        tenants.transition_in(connection, work.tenant, TenantState.ACTIVE, action="tenant.provision")
+
+    work.operation = work.registry.operations.finish(work.operation, also=serve)
+    work.registry.forget(work.tenant.id, work.tenant.slug)
     work.reload()
 
 

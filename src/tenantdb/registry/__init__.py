@@ -97,11 +97,11 @@ class Registry:
             connection.execute(select(1))
 
     def open_doors(self) -> list[str]:
-        """What the serving login may do although it should not, in words. Empty on SQLite, which has no logins."""
+        """What stands open at the registry, in words: its database to PUBLIC, the walls of the serving login. None on SQLite."""
         with self.read() as connection:
             if connection.dialect.name != "postgresql":
                 return []
-            return schema.open_doors(connection, str(connection.scalar(select(func.current_user()))))
+            return [*schema.public_doors(connection), *schema.open_doors(connection, str(connection.scalar(select(func.current_user()))))]
 
     def close(self) -> None:
         """Close idle connections and forget what is cached. May be called twice."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,6 +22,8 @@ from tenantdb.registry import audit, fields, tables
 from tenantdb.registry.transactions import Transactions
 
 _operations = tables.operations
+
+Also = Callable[[Connection], object]
 
 
 class OperationState(str, enum.Enum):
@@ -141,15 +143,18 @@ class OperationStore:
         with self._transactions.admin_write() as connection:
             return _write(connection, operation, _now(connection), step=step, started=started)
 
-    def finish(self, operation: Operation) -> Operation:
-        """Raises: `OperationInProgress` where the lease has ended."""
-        return self._end(operation, OperationState.DONE, None)
+    def finish(self, operation: Operation, *, also: Also | None = None) -> Operation:
+        """It is done; ``also`` writes in the same transaction. Raises: `OperationInProgress` where the lease has ended."""
+        return self._end(operation, OperationState.DONE, None, also)
 
-    def fail(self, operation: Operation, error: str) -> Operation:
-        """End it with a reason, which holds no secret. `claim` may take it up again. Raises: `OperationInProgress`."""
-        return self._end(operation, OperationState.FAILED, error)
+    def fail(self, operation: Operation, error: str, *, also: Also | None = None) -> Operation:
+        """End it with a reason, which holds no secret; ``also`` writes in the same transaction. `claim` may take it up again.
 
-    def _end(self, operation: Operation, state: OperationState, error: str | None) -> Operation:
+        Raises: `OperationInProgress`; then nothing was written.
+        """
+        return self._end(operation, OperationState.FAILED, error, also)
+
+    def _end(self, operation: Operation, state: OperationState, error: str | None, also: Also | None) -> Operation:
         with self._transactions.admin_write() as connection:
             ended = _write(connection, operation, _now(connection), state=state.value, error=error, worker=None, lease_until=None)
             details = {"attempt": operation.attempt, "step": operation.step}
@@ -161,6 +166,8 @@ class OperationStore:
                 outcome=str(state),
                 details=details,
             )
+            if also is not None:
+                also(connection)
             return ended
 
 

@@ -29,6 +29,8 @@ alembic_lock = threading.RLock()
 """Held around every Alembic command in this process: its ``op`` and ``context`` are process-global."""
 
 _KEY_CHECK = b"tenantdb"
+_OWNS = text("SELECT pg_has_role(:role, relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(:table)")
+_LOCK = text(f"LOCK TABLE {tables.VERSION_TABLE} IN EXCLUSIVE MODE")
 _VERSIONS = text(f"SELECT version_num FROM {tables.VERSION_TABLE}")
 
 
@@ -44,7 +46,7 @@ def upgrade(engine: Engine, keyring: Keyring) -> None:
         _make_version_table(engine)
     with alembic_lock, mapped_errors(), begin(engine, immediate=True) as connection:
         if connection.dialect.name == "postgresql":  # not an advisory lock: hardened databases refuse those
-            connection.execute(text(f"LOCK TABLE {tables.VERSION_TABLE} IN EXCLUSIVE MODE"))
+            connection.execute(_LOCK)
         if (connection.scalar(_VERSIONS) or "") > NEWEST:
             check_range(connection)
             return
@@ -89,6 +91,7 @@ def grant_app(connection: Connection, role: str) -> None:
     schema = str(connection.scalar(select(func.current_schema())))
     if not connection.scalar(select(func.has_schema_privilege(role, schema, "USAGE"))):
         statements.append(f"GRANT USAGE ON SCHEMA {quote(schema)} TO {app}")
+    connection.execute(_LOCK)  # GRANTs of two processes on one table at once end in "tuple concurrently updated"
     for statement in statements:
         connection.exec_driver_sql(statement)
     if findings := open_doors(connection, role):
@@ -100,6 +103,8 @@ def open_doors(connection: Connection, role: str) -> list[str]:
     allowed = text("SELECT has_table_privilege(:role, :table, :right)").bindparams(bindparam("role", role))
     column = text("SELECT has_column_privilege(:role, :table, :column, :right)").bindparams(bindparam("role", role))
     audit, tenants = tables.audit.name, tables.tenants.name
+    if connection.scalar(_OWNS, {"role": role, "table": audit}):
+        return ["one login serves and owns the registry, so it owns the audit log too; give registry_admin= a login of its own"]
     findings = [
         f"the registry login {role!r} may {right} the audit log"
         for right in ("UPDATE", "DELETE", "TRUNCATE")
@@ -113,6 +118,14 @@ def open_doors(connection: Connection, role: str) -> list[str]:
         if connection.scalar(column, {"table": tenants, "column": name, "right": "UPDATE"})
     )
     return findings
+
+
+def public_doors(connection: Connection) -> list[str]:
+    """Whether any login of the cluster, a tenant's too, may enter the registry's database (PostgreSQL)."""
+    name = connection.scalar(select(func.current_database()))
+    if not connection.scalar(text("SELECT has_database_privilege('public', current_database(), 'CONNECT')")):
+        return []
+    return [f"PUBLIC may connect to the registry's database; as its owner: REVOKE ALL ON DATABASE {name} FROM PUBLIC"]
 
 
 def _make_version_table(engine: Engine) -> None:

@@ -90,6 +90,8 @@ class Keyring:
         key_id, nonce, sealed = blob[1 : 1 + _ID], blob[1 + _ID : 1 + _ID + _NONCE], blob[1 + _ID + _NONCE :]
         key = self._keys[purpose].get(key_id)
         if key is None:
+            if any(key_id in keys for keys in self._keys.values()):  # a secret of another purpose, moved here
+                raise CredentialTampered(tenant, column)
             raise SecretKeyError(f"no given key opens the {column} of {tenant}: it was encrypted with {purpose} key {key_id.hex()}")
         try:
             return AESGCM(key).decrypt(nonce, sealed, _authenticated(key_id, purpose, (tenant, column, *context)))

@@ -177,6 +177,22 @@ class TenantStore:
         Raises: `IllegalTransition` where the table does not allow it or the state is another by now, with the state that was found;
         `TenantNotFound`. Nothing was written then.
         """
+        with self._transactions.write() as connection:
+            found = self.transition_in(connection, tenant, to, action=action, reason=reason, bump_generation=bump_generation)
+        self._forget(tenant.id, tenant.slug)
+        return found
+
+    def transition_in(
+        self,
+        connection: Connection,
+        tenant: Tenant,
+        to: TenantState,
+        *,
+        action: str,
+        reason: str | None = None,
+        bump_generation: bool = False,
+    ) -> Tenant:
+        """The same in the caller's transaction, who forgets the cached record when it is committed."""
         if to not in TRANSITIONS[tenant.state]:
             raise IllegalTransition(tenant.slug, str(tenant.state), str(to))
         now = tables.utcnow()
@@ -187,15 +203,13 @@ class TenantStore:
             values["deleted_at"] = now
         elif tenant.state is TenantState.DELETED and to is TenantState.ACTIVE:
             values["deleted_at"] = None
-        with self._transactions.write() as connection:
-            changed = connection.execute(
-                update(_tenants).where((_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value)).values(values)
-            )
-            found = self.find_in(connection, tenant.id).tenant
-            if changed.rowcount == 0:
-                raise IllegalTransition(tenant.slug, str(found.state), str(to))
-            audit.record(connection, action, tenant_id=tenant.id, details={"from": str(tenant.state), "to": str(to)})
-        self._forget(tenant.id, tenant.slug)
+        changed = connection.execute(
+            update(_tenants).where((_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value)).values(values)
+        )
+        found = self.find_in(connection, tenant.id).tenant
+        if changed.rowcount == 0:
+            raise IllegalTransition(tenant.slug, str(found.state), str(to))
+        audit.record(connection, action, tenant_id=tenant.id, details={"from": str(tenant.state), "to": str(to)})
         return found
 
     def update(self, tenant: Tenant | UUID | str, **changes: Any) -> Tenant:

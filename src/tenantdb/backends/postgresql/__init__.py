@@ -16,7 +16,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, Pool
 
 from tenantdb.backends.base import Location
-from tenantdb.backends.postgresql.connect import connect_problem, has_news, provisioner_connection, session_options, transport
+from tenantdb.backends.postgresql.connect import (
+    connect_problem,
+    has_news,
+    password_argument,
+    provisioner_connection,
+    session_options,
+    transport,
+    without_frames,
+)
 from tenantdb.backends.postgresql.inspect import server_findings
 from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop
 from tenantdb.errors import RegistryUnavailable, ServerUnavailable, WrongDatabase
@@ -55,12 +63,10 @@ class PostgreSQL:
 
         @event.listens_for(engine, "do_connect")
         def connect(dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> Any:
-            if url.password is not None:
-                cparams = cparams | {"password": url.password.get_secret_value()}
             try:
-                return dialect.connect(*cargs, **cparams)
+                return dialect.connect(*cargs, **cparams, **password_argument(url))
             except psycopg.OperationalError as error:
-                raise RegistryUnavailable(connect_problem(error)) from error
+                raise RegistryUnavailable(connect_problem(error)) from without_frames(error)
 
         return engine
 
@@ -108,7 +114,7 @@ class PostgreSQL:
             try:
                 return dialect.connect(*cargs, **cparams, password=location.password())
             except psycopg.OperationalError as error:
-                raise ServerUnavailable(server.name, connect_problem(error)) from error
+                raise ServerUnavailable(server.name, connect_problem(error)) from without_frames(error)
 
         @event.listens_for(engine, "checkout")
         def look(dbapi_connection: Any, record: Any, proxy: Any) -> None:
@@ -126,14 +132,14 @@ class PostgreSQL:
 
 
 def _url(location: Location) -> URL:
-    tenant, server, owner = location.tenant, location.server, location.role is DatabaseRole.OWNER
-    host, port = (server.direct_host, server.direct_port) if owner else (server.host, server.port)
-    return URL.create("postgresql+psycopg", tenant.owner_role if owner else tenant.runtime_role, None, host, port, tenant.database)
+    tenant = location.tenant
+    role = tenant.owner_role if location.role is DatabaseRole.OWNER else tenant.runtime_role
+    return URL.create("postgresql+psycopg", role, None, location.host, location.port, tenant.database)
 
 
 def _arguments(location: Location, settings: Settings) -> dict[str, Any]:
     return {
-        "connect_args": transport(location.server.host, settings) | session_options(location.role, settings),
+        "connect_args": transport(location.host, settings) | session_options(location.role, settings),
         "use_native_hstore": False,
         "hide_parameters": True,
     }

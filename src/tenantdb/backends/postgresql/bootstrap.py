@@ -17,10 +17,19 @@ from tenantdb.settings import ConnectionURL, Settings
 TEMPLATE = "tenantdb_tpl"
 OWNER_GROUP = "tenantdb_owner"
 
+DOORS = """(proname ~ '^pg_(try_)?advisory_(xact_)?lock'
+               OR proname IN ('lo_create', 'lo_creat', 'lo_from_bytea', 'lo_put', 'lowrite', 'lo_open', 'lo_import'))"""
+"""The functions of ``pg_catalog`` that PUBLIC loses: a condition on ``pg_proc``."""
+
 _CLUSTER = """
-REVOKE CONNECT, TEMPORARY ON DATABASE postgres, template1 FROM PUBLIC;
 DO $bootstrap$
 BEGIN
+    IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+        RAISE EXCEPTION 'bootstrap-server needs a superuser';
+    END IF;
+    IF EXISTS (SELECT 1 FROM pg_roles WHERE rolname = {provisioner_text} AND rolsuper) THEN
+        RAISE EXCEPTION 'the provisioner must not be a superuser; name another login';
+    END IF;
     IF NOT EXISTS (SELECT 1 FROM pg_roles WHERE rolname = {provisioner_text}) THEN
         CREATE ROLE {provisioner};
     END IF;
@@ -34,17 +43,18 @@ BEGIN
     END IF;
 END
 $bootstrap$;
+REVOKE CONNECT, TEMPORARY ON DATABASE postgres, template1 FROM PUBLIC;
 ALTER ROLE {provisioner} LOGIN NOSUPERUSER CREATEDB CREATEROLE NOREPLICATION NOBYPASSRLS INHERIT CONNECTION LIMIT 10 PASSWORD {verifier};
 GRANT CONNECT ON DATABASE postgres TO {provisioner};
 GRANT pg_signal_backend TO {provisioner};
 GRANT SET ON PARAMETER temp_file_limit TO {provisioner};
 """
 
-_TEMPLATE = """
-REVOKE ALL ON DATABASE {template} FROM PUBLIC;
+_TEMPLATE = f"""
+REVOKE ALL ON DATABASE {{template}} FROM PUBLIC;
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
 REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC;
-GRANT USAGE ON LANGUAGE plpgsql TO {group};
+GRANT USAGE ON LANGUAGE plpgsql TO {{group}};
 DO $template$
 DECLARE
     door regprocedure;
@@ -52,8 +62,7 @@ BEGIN
     FOR door IN
         SELECT oid FROM pg_proc
         WHERE pronamespace = 'pg_catalog'::regnamespace
-          AND (proname ~ '^pg_(try_)?advisory_(xact_)?lock'
-               OR proname IN ('lo_create', 'lo_creat', 'lo_from_bytea', 'lo_put', 'lowrite', 'lo_open', 'lo_import'))
+          AND {DOORS}
     LOOP
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', door);
     END LOOP;

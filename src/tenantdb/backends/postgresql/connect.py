@@ -41,19 +41,20 @@ def session_options(role: DatabaseRole | None, settings: Settings) -> dict[str, 
     limits = {"lock_timeout": settings.lock_timeout, "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout}
     if role is not DatabaseRole.OWNER:  # a migration may take long; what it must not do is wait long for a lock
         limits["statement_timeout"] = settings.statement_timeout
-    words = [f"-c {name}={int(seconds * 1000)}" for name, seconds in limits.items()]
+    words = [f"-c {name}={_milliseconds(seconds)}" for name, seconds in limits.items()]
     if role is not None:
         words += ["-c search_path=public", "-c default_transaction_read_only=off"]
     return {"options": " ".join(words)}
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000)) if seconds else 0  # 0 lifts a limit, which a very short one must not do
 
 
 def provisioner_connection(
     url: ConnectionURL, settings: Settings, server: str, *, database: str | None = None, autocommit: bool = True
 ) -> psycopg.Connection[Any]:
     """A connection as the provisioner, or as a superuser for bootstrapping. Raises: `ServerUnavailable`."""
-    arguments = transport(url.host, settings, url.tls)
-    if url.password is not None:
-        arguments["password"] = url.password.get_secret_value()
     try:
         return psycopg.connect(
             host=url.host,
@@ -61,10 +62,21 @@ def provisioner_connection(
             user=url.username,
             dbname=database or url.database or "postgres",
             autocommit=autocommit,
-            **arguments,
+            **transport(url.host, settings, url.tls),
+            **password_argument(url),
         )
     except psycopg.OperationalError as error:
-        raise ServerUnavailable(server, connect_problem(error)) from error
+        raise ServerUnavailable(server, connect_problem(error)) from without_frames(error)
+
+
+def password_argument(url: ConnectionURL) -> dict[str, Any]:
+    """For the call itself, never for a variable: tools that report errors show the variables of every frame."""
+    return {} if url.password is None else {"password": url.password.get_secret_value()}
+
+
+def without_frames(error: Exception) -> Exception:
+    """The driver's error without its frames, in which the password stands as an argument."""
+    return error.with_traceback(None)
 
 
 _PROBLEMS = (

@@ -6,6 +6,7 @@ from typing import Any
 
 import psycopg
 
+from tenantdb.backends.postgresql.bootstrap import DOORS
 from tenantdb.model import Server, Tenant
 from tenantdb.settings import Settings
 
@@ -28,6 +29,10 @@ SELECT r.rolname = %(runtime)s, r.rolsuper, r.rolcreaterole, r.rolcreatedb, r.ro
        array(SELECT g.rolname::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid)
 FROM pg_roles r WHERE r.rolname = ANY(%(both)s)
 """
+_MEMBERS = """
+SELECT r.rolname = %(runtime)s FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid
+WHERE r.rolname = ANY(%(both)s) AND m.member <> (SELECT oid FROM pg_roles WHERE rolname = current_user)
+"""
 _RUNTIME_OWNS = "SELECT count(*) FROM pg_class WHERE relowner = (SELECT oid FROM pg_roles WHERE rolname = %s)"
 _PUBLIC_FUNCTIONS = """
 SELECT count(*) FROM pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
@@ -44,6 +49,11 @@ WITH RECURSIVE wanted(oid) AS (
 )
 SELECT extname FROM pg_extension WHERE oid NOT IN (SELECT oid FROM wanted) ORDER BY extname
 """
+_DOORS = f"""
+SELECT count(*) FROM pg_proc
+WHERE pronamespace = 'pg_catalog'::regnamespace AND {DOORS} AND has_function_privilege('public', oid, 'EXECUTE')
+"""
+_PUBLIC_PLPGSQL = "SELECT has_language_privilege('public', 'plpgsql', 'USAGE')::int"
 _IDENTITY = "SELECT tenant_id::text FROM tenantdb.identity"
 
 
@@ -66,10 +76,17 @@ def database_findings(connection: Connection, tenant: Tenant, server: Server, se
         allowed = set() if is_runtime or settings.hardening == "managed" else {"tenantdb_owner"}
         if set(groups) - allowed:
             findings.append(f"the {which} role is a member of another role")
+    for (is_runtime,) in connection.execute(_MEMBERS, {"both": both, "runtime": tenant.runtime_role}).fetchall():
+        findings.append(f"another role is a member of the {'runtime' if is_runtime else 'owner'} role")
     if _count(connection, _RUNTIME_OWNS, tenant.runtime_role):
         findings.append("the runtime role owns relations")
     if _count(connection, _PUBLIC_FUNCTIONS):
         findings.append("PUBLIC may execute functions of the tenant")
+    if settings.hardening == "full":
+        if _count(connection, _DOORS):
+            findings.append("PUBLIC may take advisory locks or write large objects; run `tenantdb bootstrap-server`")
+        if _count(connection, _PUBLIC_PLPGSQL):
+            findings.append("PUBLIC may use PL/pgSQL; run `tenantdb bootstrap-server`")
     unasked = connection.execute(_EXTENSIONS, [list(server.extensions)]).fetchall()
     findings += [f"the extension {name} is there, and the server's extensions= do not name it" for (name,) in unasked]
     if connection.execute(_IDENTITY).fetchall() != [(str(tenant.id),)]:

@@ -11,11 +11,15 @@ import hashlib
 import hmac
 import secrets
 
+from tenantdb.errors import ConfigError
+
 ITERATIONS = 4096  # PostgreSQL's default
 
 
 def verifier(password: str, *, iterations: int = ITERATIONS, salt: bytes | None = None) -> str:
-    """The SCRAM-SHA-256 verifier of an ASCII password, as CREATE ROLE ... PASSWORD takes it."""
+    """The SCRAM-SHA-256 verifier of an ASCII password, as CREATE ROLE ... PASSWORD takes it. Raises: `ConfigError` for another one."""
+    if not password or not password.isascii():
+        raise ConfigError("the password of a database role is empty or holds characters outside ASCII")
     salt = secrets.token_bytes(16) if salt is None else salt
     salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, iterations)
     stored_key = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()

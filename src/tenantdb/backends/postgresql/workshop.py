@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 from psycopg.errors import Diagnostic
+from pydantic import SecretStr
 
 from tenantdb.backends.base import FoundDatabase
 from tenantdb.backends.postgresql import scram
@@ -74,7 +75,7 @@ class PostgreSQLWorkshop:
     def drop_invalid_database(self, name: str) -> None:
         _run(self._connection, "DROP DATABASE {}", _name(name))
 
-    def create_roles(self, tenant: Tenant, owner_password: str, runtime_password: str) -> None:
+    def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         for role, password, limit in (
             (tenant.owner_role, owner_password, _OWNER_CONNECTIONS),
             (tenant.runtime_role, runtime_password, self._runtime_connections),
@@ -85,7 +86,7 @@ class PostgreSQLWorkshop:
                 f"{verb} ROLE {{}} LOGIN INHERIT NOCREATEDB NOCREATEROLE CONNECTION LIMIT {{}} PASSWORD {{}}",
                 _name(role),
                 sql.Literal(limit),
-                sql.Literal(scram.verifier(password)),
+                sql.Literal(scram.verifier(password.get_secret_value())),
             )
         if self._settings.hardening == "full":
             _run(self._connection, "ALTER ROLE {} SET temp_file_limit = '1GB'", _name(tenant.runtime_role))

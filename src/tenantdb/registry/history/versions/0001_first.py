@@ -129,7 +129,7 @@ def upgrade() -> None:
         sa.Column("request_id", sa.Text),
         sa.Column("details", document, nullable=False),
         sa.PrimaryKeyConstraint("id", name="tenantdb_audit_pkey"),
-        sqlite_autoincrement=True,
+        sqlite_autoincrement=True,  # a number is never given twice, also not after rows at the end are gone
     )
     op.create_index("tenantdb_audit_tenant_id_idx", "tenantdb_audit", ["tenant_id"])
     op.create_table(
