@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import psycopg
-from psycopg import sql
 
 from tenantdb import TenantDB
 from tenantdb.backends.postgresql import scram
@@ -138,13 +136,9 @@ def ask(url: str, statement: str, parameters: Sequence[Any] | None = None) -> li
         return cursor.fetchall() if cursor.description else []
 
 
-def end_lease(cluster: Cluster, registry: str, tenant_id: UUID | None = None) -> None:
+def end_lease(cluster: Cluster, registry: str) -> None:
     """What time does to the lease of a worker that is dead."""
     cluster.sql("UPDATE tenantdb_operations SET lease_until = now() - interval '1 second' WHERE state = 'running'", database=registry)
-
-
-def identifier(name: str | None) -> str:
-    return sql.Identifier(str(name)).as_string(None)
 
 
 ENV = """

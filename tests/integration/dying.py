@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from tenantdb import Tenant, TenantDB
 from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop
-from tenantdb.provisioning import journal, provisioner
+from tenantdb.provisioning import journal
 from tenantdb.provisioning.steps import STEPS, Work
 
 
@@ -40,13 +41,12 @@ def main() -> None:
         die()
 
     if step == "sign-up":
-        provisioner.Provisioner._carry_out = die  # type: ignore[method-assign]
-        db._registry.operations.claim = die  # type: ignore[method-assign]
+        patch.object(db._registry.operations, "claim", die).start()
     elif (step, point) == ("database", "inside"):
         create = PostgreSQLWorkshop.create_database
-        PostgreSQLWorkshop.create_database = lambda self, tenant: (create(self, tenant), die())[1]  # type: ignore[method-assign]
+        patch.object(PostgreSQLWorkshop, "create_database", lambda self, tenant: (create(self, tenant), die())).start()
     elif step != "seed":
-        journal.STEPS = tuple((name, dying if name == step else fn) for name, fn in STEPS)
+        patch.object(journal, "STEPS", tuple((name, dying if name == step else fn) for name, fn in STEPS)).start()
     db.provision(order["slug"])
 
 

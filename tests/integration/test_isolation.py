@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import psycopg
@@ -295,6 +296,19 @@ def test_a_tenant_that_changes_its_own_settings_does_not_change_the_applications
     finally:
         for setting in ("statement_timeout", "search_path", "lock_timeout", "default_transaction_read_only"):
             world.cluster.sql(f"ALTER ROLE {world.ours.runtime_role} RESET {setting}")
+
+
+def test_a_tenant_that_takes_all_its_connections_takes_none_of_the_others(world: World) -> None:
+    narrow = {"hardening": world.db.settings.hardening, "migrations": str(world.scripts), "pool_size": 1, "processes": 1}
+    with world.cluster.tenantdb(world.registry, **narrow) as db, ExitStack() as held:
+        flood = login(world.cluster, db, db.provision("floods"), RUNTIME)
+        url = world.cluster.server.url(flood.name, flood.password, flood.database)
+        with pytest.raises(psycopg.OperationalError, match="too many connections for role"):
+            for _ in range(20):
+                held.enter_context(psycopg.connect(url))
+
+        assert world.attacker(RUNTIME).ask("SELECT 1") == [(1,)]
+        assert db.migrations.upgrade("floods").slug == "floods"  # the owner role's limit is its own
 
 
 def test_nothing_that_every_role_can_see_names_a_tenant(world: World) -> None:

@@ -159,7 +159,10 @@ def role_that_cannot_be_made(world: World, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def login_that_is_refused_in_the_middle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_step(monkeypatch, "migrate", lambda work: world.cluster.sql(f"ALTER ROLE {work.tenant.owner_role} NOLOGIN") and None)
+    def lose_the_login(work: Work) -> None:
+        world.cluster.sql(f"ALTER ROLE {work.tenant.owner_role} NOLOGIN")
+
+    at_step(monkeypatch, "migrate", lose_the_login)
     world.db.provision("no-login")
 
 

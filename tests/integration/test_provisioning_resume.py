@@ -128,7 +128,12 @@ FAULTS = list(itertools.product(NAMES, ["before", "inside", "after"]))
 def test_after_an_error_anywhere_the_same_call_finishes(
     slug: str, monkeypatch: pytest.MonkeyPatch, db: TenantDB, whole: Callable[[Tenant], None], step: str, point: str, how: str
 ) -> None:
-    request: dict[str, Any] = {"same-call": {}, "key": {"idempotency_key": f"sign-up of {slug}"}, "exist-ok": {"exist_ok": True}}[how]
+    requests: dict[str, dict[str, Any]] = {
+        "same-call": {},
+        "key": {"idempotency_key": f"sign-up of {slug}"},
+        "exist-ok": {"exist_ok": True},
+    }
+    request = requests[how]
     db.seed(sow)
     with monkeypatch.context() as patched:
         break_step(patched, db, step, point)

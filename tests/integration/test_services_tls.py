@@ -73,21 +73,18 @@ def test_the_right_authority_lets_registry_and_provisioner_in(tls: tuple[Cluster
 
 def test_another_authority_is_refused(tls: tuple[Cluster, Path], stranger: Path) -> None:
     cluster, authority = tls
-    registry, trusted, untrusted = (
-        cluster.new_registry(),
-        *({"sslmode": "verify-full", "sslrootcert": file} for file in (authority, stranger)),
-    )
+    registry = cluster.new_registry()
+    untrusted: dict[str, Any] = {"sslmode": "verify-full", "sslrootcert": stranger}
     with open_db(cluster, registry, **untrusted) as db, pytest.raises(RegistryUnavailable, match="not signed by a trusted authority"):
         db.tenants.list()
-    provisioner = url(cluster, PROVISIONER, PROVISIONER_PASSWORD, "postgres", **untrusted)
-    with cluster.tenantdb(registry, server=provisioner) as db:
+    with cluster.tenantdb(registry, server=url(cluster, PROVISIONER, PROVISIONER_PASSWORD, "postgres", **untrusted)) as db:
         with pytest.raises(ProvisioningError, match="not signed by a trusted authority") as failure:
             db.provision("acme")
         assert isinstance(failure.value.__cause__, ServerUnavailable)
     with pytest.raises(ServerUnavailable, match="not signed by a trusted authority"):
         superuser = ConnectionURL.parse(url(cluster, "postgres", cluster.server.password, "postgres", **untrusted))
         bootstrap(superuser, PROVISIONER, PROVISIONER_PASSWORD, cluster.settings())
-    with open_db(cluster, registry, **trusted) as db:
+    with open_db(cluster, registry, sslmode="verify-full", sslrootcert=authority) as db:
         assert db.provision("acme").state is TenantState.ACTIVE
 
 

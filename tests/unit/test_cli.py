@@ -275,9 +275,9 @@ def test_an_unknown_verb_or_option_is_a_usage_error_in_json_too(url: str) -> Non
 
 
 def test_missing_settings_are_told_with_the_ways_to_give_them() -> None:
-    told = error("list")
+    told = error("list", exit_code=2)
 
-    assert told["code"] == "config"
+    assert told["code"] == "usage"
     assert all(way in told["message"] for way in ("TENANTDB_URL", "--app", "tenantdb dev"))
 
 

@@ -76,7 +76,7 @@ def test_an_async_view_is_as_good(folder: Path) -> None:
 def test_a_pyproject_without_the_setting_changes_nothing(folder: Path) -> None:
     (folder / "pyproject.toml").write_text('[tool.other]\napp = "x"\n')
 
-    assert "TENANTDB_URL" in run("list", exit_code=1).stderr
+    assert "TENANTDB_URL" in run("list", exit_code=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_record_carries_server_and_sealed_password_and_does_not_show_it(regist
     record = registry.lookup("acme")
     assert record.tenant == placed
     assert placed.server == "default"
-    assert record.server_id == registry.servers.get("default").id
+    assert record.server == registry.servers.get("default")
     assert record.runtime_secret is not None
     assert repr(record.runtime_secret) not in repr(record)
 

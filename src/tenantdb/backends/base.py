@@ -50,6 +50,14 @@ class FoundDatabase:
     invalid: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ServerReport:
+    """What a look at a server found, in words: what keeps the provisioner from working, and what stays open."""
+
+    problems: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
 class Workshop(Protocol):
     """A provisioner's session on one server. Every method looks before it acts, so it may run twice."""
 
@@ -90,5 +98,5 @@ class Backend(Protocol):
     def scratch_engine(self, server: Server, url: ConnectionURL, settings: Settings) -> AbstractContextManager[Engine]:
         """A new, empty database with the server's extensions and schemas, as its owner; dropped at the end."""
 
-    def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> list[str]:
-        """What keeps this login from provisioning, or stays open under the chosen profile, in words. Changes nothing."""
+    def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> ServerReport:
+        """Look with the provisioner's eyes, and change nothing. Raises: `ServerUnavailable`."""

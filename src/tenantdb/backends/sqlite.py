@@ -24,12 +24,13 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
-from tenantdb.backends.base import FoundDatabase, Location
+from tenantdb.backends.base import FoundDatabase, Location, ServerReport
 from tenantdb.errors import ConfigError, RegistryNotInitialized, ServerUnavailable, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.settings import SQLITE, ConnectionURL, Settings
 
 IDENTITY_TABLE = "tenantdb_identity"
+_FOR_EVER = 2**31 - 1  # milliseconds; to SQLite 0 means not to wait at all
 
 
 class SQLite:
@@ -82,10 +83,10 @@ class SQLite:
             finally:
                 engine.dispose()
 
-    def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> list[str]:
+    def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> ServerReport:
         folder = Path(server.path or "")
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        return [] if os.access(existing, os.W_OK) else [f"the folder {str(folder)!r} cannot be written"]
+        return ServerReport() if os.access(existing, os.W_OK) else ServerReport([f"the folder {str(folder)!r} cannot be written"])
 
     def _prepare(self, engine: Engine, path: Path, settings: Settings, location: Location | None) -> None:
         target = f"file:{quote(str(path))}?mode=rw"
@@ -106,7 +107,7 @@ class SQLite:
             cursor = dbapi_connection.cursor()
             try:
                 try:
-                    cursor.execute(f"PRAGMA busy_timeout={int(settings.lock_timeout * 1000)}")
+                    cursor.execute(f"PRAGMA busy_timeout={min(int(settings.lock_timeout * 1000), _FOR_EVER) or _FOR_EVER}")
                     # A batch migration rebuilds tables, and with enforcement on dropping the old one would delete or refuse what refers
                     # to it. The switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
                     cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tenantdb.errors import ConfigError
-
 if TYPE_CHECKING:
     from tenantdb.database import TenantDB
     from tenantdb.settings import Settings
@@ -31,7 +29,7 @@ class UsageProblem(click.ClickException):
     exit_code = 2
 
 
-class NoSettings(ConfigError):
+class NoSettings(UsageProblem):
     """Nothing says which registry is meant."""
 
     def __init__(self) -> None:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from uuid import UUID
-
-from cachetools import TTLCache
-
 from tenantdb.backends import Location
 from tenantdb.errors import TenantNotFound, TenantNotReady, TenantSuspended
-from tenantdb.model import DatabaseRole, Server, Tenant, TenantState
+from tenantdb.model import DatabaseRole, Tenant, TenantState
 from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
 from tenantdb.settings import ConnectionURL, Settings, check_host
 
-_SERVERS_KEPT = 1024
-
 
 class Locator:
-    """Answers from the registry, with the few servers kept for a moment. Safe to share between threads."""
+    """Answers from a record, without I/O, so that an event loop may ask too."""
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
         self._registry = registry
         self._settings = settings
-        self._servers: TTLCache[UUID, Server] = TTLCache(_SERVERS_KEPT, settings.cache_ttl, timer=time.monotonic)
-        self._lock = threading.Lock()
 
     def locate(self, record: TenantRecord, role: DatabaseRole) -> Location:
         """The location for one role. Raises: `TenantNotReady` where no names are reserved yet; `ConfigError` for a host that is refused."""
-        tenant = record.tenant
-        if record.server_id is None or tenant.database is None:
+        tenant, server = record.tenant, record.server
+        if server is None or tenant.database is None:
             raise TenantNotReady(tenant.slug, str(tenant.state))
-        server = self._server(record.server_id)
         registry = self._registry
 
         def password() -> str:
@@ -44,15 +33,6 @@ class Locator:
         location = Location(tenant, server, role, password)
         check_host(ConnectionURL(server.backend, location.host), self._settings, f"server {server.name!r}")
         return location
-
-    def _server(self, server_id: UUID) -> Server:
-        with self._lock:
-            known = self._servers.get(server_id)
-        if known is None:
-            known = self._registry.servers.get(server_id)
-            with self._lock:
-                self._servers[server_id] = known
-        return known
 
 
 def ensure_servable(tenant: Tenant, key: object) -> Tenant:

@@ -47,11 +47,12 @@ def check(registry: Registry, settings: Settings) -> list[Finding]:
             findings.append(Finding(Severity.PROBLEM, f"server {name}", "it is not in the registry; run `tenantdb init`"))
             continue
         try:
-            texts = backend(server.backend).check_server(server, url, settings)
+            report = backend(server.backend).check_server(server, url, settings)
         except TenantDBError as error:
             findings.append(Finding(Severity.PROBLEM, f"server {name}", error.explain()))
         else:
-            findings += [Finding(Severity.WARNING, f"server {name}", text) for text in texts]
+            findings += [Finding(Severity.PROBLEM, f"server {name}", text) for text in report.problems]
+            findings += [Finding(Severity.WARNING, f"server {name}", text) for text in report.warnings]
     return sorted(findings, key=lambda finding: finding.severity is Severity.WARNING)
 
 

@@ -57,7 +57,7 @@ def _give_up(work: Work, error: BaseException) -> None:
 
     def fail_tenant(connection: Connection) -> None:
         """With the operation, or whoever claims the failed operation could have a tenant that fails under his hands."""
-        tenant = tenants.find_in(connection, work.tenant.id).tenant
+        tenant = tenants.find_in(connection, work.tenant.id)
         if tenant.state is TenantState.PROVISIONING:
             reason = f"{work.operation.step}: {problem}"
             tenants.transition_in(connection, tenant, TenantState.FAILED, action="tenant.fail", reason=reason)

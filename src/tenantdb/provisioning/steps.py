@@ -58,9 +58,9 @@ class Work:
 
     @property
     def server(self) -> Server:
-        if self.record.server_id is None:
+        if self.record.server is None:
             raise OperationInProgress(self.tenant.slug)
-        return self.registry.servers.get(self.record.server_id)
+        return self.record.server
 
     @contextmanager
     def workshop(self, server: Server | None = None) -> Iterator[Workshop]:

@@ -50,7 +50,7 @@ class Registry:
         self._cache = RecordCache(size=settings.cache_size, ttl=settings.cache_ttl, clock=clock)
         self.audit = AuditStore(self._transactions)
         self.servers = ServerStore(self._transactions, keyring)
-        self.tenants = TenantStore(self._transactions, self.forget)
+        self.tenants = TenantStore(self._transactions, self.servers.read, self.forget)
         self.users = UserStore(self._transactions)
         self.memberships = MembershipStore(self._transactions)
         self.refresh_tokens = RefreshTokenStore(self._transactions)
@@ -152,7 +152,7 @@ class Registry:
         return self._open(record, DatabaseRole.OWNER, self.tenants.owner_secret(record.tenant.id), record.tenant.owner_role)
 
     def _open(self, record: TenantRecord, role: DatabaseRole, blob: bytes | None, role_name: str | None) -> str:
-        place = _place(record.tenant, role, record.server_id, record.tenant.database, role_name)
+        place = _place(record.tenant, role, None if record.server is None else record.server.id, record.tenant.database, role_name)
         if blob is None:
             raise CredentialTampered(place[0], place[1])
         return self.keyring.open(_purpose(role), blob, *place).decode()

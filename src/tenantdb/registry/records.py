@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from uuid import UUID
 
-from tenantdb.model import Tenant
+from tenantdb.model import Server, Tenant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantRecord:
-    """A tenant with its server's id and the sealed password of its runtime role. Sealed: the plain one is made per connection only."""
+    """A tenant, where it is, and the sealed password of its runtime role. Sealed: the plain one is made per connection only."""
 
     tenant: Tenant
-    server_id: UUID | None = None
+    server: Server | None = None
     runtime_secret: bytes | None = field(default=None, repr=False)

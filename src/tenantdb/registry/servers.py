@@ -7,11 +7,11 @@ connections to a machine of his own is found out before a password is sent there
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, func, insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tenantdb.errors import ConfigError, CredentialTampered, NoServerAvailable
@@ -37,13 +37,13 @@ class ServerStore:
             row = connection.execute(select(tables.servers).where(column == name)).mappings().first()
         if row is None:
             raise NoServerAvailable(str(name))
-        return self._server(row)
+        return self.read({**row})
 
     def list(self) -> list[Server]:
         """All servers, by name."""
         with self._transactions.read() as connection:
             rows = connection.execute(select(tables.servers).order_by(tables.servers.c.name)).mappings().all()
-        return [self._server(row) for row in rows]
+        return [self.read({**row}) for row in rows]
 
     def pick(self, name: str | None = None, *, region: str | None = None, among: Iterable[str] | None = None) -> Server:
         """The open server with room that holds the fewest tenants; of that name, in that region or ``among`` names, where that is wanted.
@@ -68,7 +68,7 @@ class ServerStore:
             row = connection.execute(query.order_by(held, servers.c.name).limit(1)).mappings().first()
         if row is None:
             raise NoServerAvailable(name if name is not None else region)
-        return self._server(row)
+        return self.read({**row})
 
     def add(
         self,
@@ -136,14 +136,15 @@ class ServerStore:
                 connection.execute(update(tables.servers).where(tables.servers.c.id == server_id).values(updated_at=now, **values))
                 audit.record(connection, "server.change", object=name, details={"fields": changed})
             stored = connection.execute(select(tables.servers).where(tables.servers.c.id == server_id)).mappings().one()
-        return self._server(stored)
+        return self.read({**stored})
 
     def _seal(self, server_id: UUID, values: dict[str, Any]) -> bytes | None:
         if not _sealed(values["backend"]):
             return None
         return self._keyring.seal(RUNTIME, b"", str(server_id), "address", *_address(values))
 
-    def _server(self, row: RowMapping) -> Server:
+    def read(self, row: Mapping[str, Any]) -> Server:
+        """A server from its row. Raises: `CredentialTampered` where its address was edited."""
         if _sealed(row["backend"]):
             if row["address_seal"] is None:
                 raise CredentialTampered(f"server {row['name']}", "address")
@@ -157,6 +158,6 @@ def _sealed(backend: str) -> bool:
     return backend != "sqlite"
 
 
-def _address(values: dict[str, Any] | RowMapping) -> list[str]:
+def _address(values: Mapping[str, Any]) -> list[str]:
     """What is sealed. None and "" stay two things."""
     return [repr(values[name]) for name in ("backend", "host", "port", "direct_host", "direct_port", "path")]

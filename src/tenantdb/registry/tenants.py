@@ -32,31 +32,40 @@ UPDATABLE = ("name", "email", "phone", "country", "plan", "subscription", "subsc
 
 def _query(where: ColumnElement[bool]) -> Select[Any]:
     columns: list[ColumnElement[Any]] = [_tenants.c[name] for name in _TENANT_FIELDS]
-    columns += [_tenants.c.server_id, _tenants.c.runtime_secret, _servers.c.name.label("server")]
+    columns += [_tenants.c.runtime_secret, *(column.label(f"server_{column.name}") for column in _servers.c)]
     joined = _tenants.outerjoin(_servers, _tenants.c.server_id == _servers.c.id)
     return select(*columns).select_from(joined).where(where)
 
 
-def _record(row: RowMapping) -> TenantRecord:
+def _tenant(row: RowMapping) -> Tenant:
     values = {name: row[name] for name in _TENANT_FIELDS}
     values["state"], values["subscription"] = TenantState(row["state"]), Subscription(row["subscription"])
-    return TenantRecord(tenant=Tenant(server=row["server"], **values), server_id=row["server_id"], runtime_secret=row["runtime_secret"])
+    return Tenant(server=row["server_name"], **values)
 
 
 class TenantStore:
     """Reads and writes tenants. ``forget`` is told of every committed change, so that this process serves no old record."""
 
-    def __init__(self, transactions: Transactions, forget: Callable[[UUID, str | None], None]) -> None:
+    def __init__(
+        self, transactions: Transactions, read_server: Callable[[Mapping[str, Any]], Server], forget: Callable[[UUID, str | None], None]
+    ) -> None:
         self._transactions = transactions
+        self._read_server = read_server
         self._forget = forget
 
     def record(self, key: str | UUID) -> TenantRecord:
-        """Everything the data path needs, in one query. Raises: `TenantNotFound`, also for a purged tenant."""
+        """Everything the data path needs, in one query.
+
+        Raises: `TenantNotFound`, also for a purged tenant; `CredentialTampered` where its server's address was edited.
+        """
         with self._transactions.read() as connection:
             row = connection.execute(_query(tenant_clause(key))).mappings().first()
         if row is None:
             raise TenantNotFound(str(key))
-        return _record(row)
+        server = (
+            None if row["server_id"] is None else self._read_server({column.name: row[f"server_{column.name}"] for column in _servers.c})
+        )
+        return TenantRecord(tenant=_tenant(row), server=server, runtime_secret=row["runtime_secret"])
 
     def get(self, tenant: str | UUID | Tenant, *, suggest: bool = False) -> Tenant:
         """The tenant as it is now, whatever its state. ``suggest`` looks for a slug alike when there is none: for operators only.
@@ -80,7 +89,7 @@ class TenantStore:
             where &= _tenants.c.slug > after
         with self._transactions.read() as connection:
             rows = connection.execute(_query(where).order_by(_tenants.c.slug).limit(limit)).mappings().all()
-        return [_record(row).tenant for row in rows]
+        return [_tenant(row) for row in rows]
 
     def create(
         self,
@@ -120,14 +129,14 @@ class TenantStore:
             if violates(error, "tenantdb_tenants", "slug"):
                 raise TenantExists(slug) from error
             raise
-        return self.find_in(connection, tenant_id).tenant
+        return self.find_in(connection, tenant_id)
 
-    def find_in(self, connection: Connection, tenant_id: UUID) -> TenantRecord:
-        """A tenant's record in the caller's transaction. Raises: `TenantNotFound`."""
+    def find_in(self, connection: Connection, tenant_id: UUID) -> Tenant:
+        """A tenant in the caller's transaction. Raises: `TenantNotFound`."""
         row = connection.execute(_query(tenant_clause(tenant_id))).mappings().first()
         if row is None:
             raise TenantNotFound(str(tenant_id))
-        return _record(row)
+        return _tenant(row)
 
     def reserve(
         self,
@@ -162,7 +171,7 @@ class TenantStore:
                     updated_at=tables.utcnow(),
                 )
             )
-            found = self.find_in(connection, tenant.id).tenant
+            found = self.find_in(connection, tenant.id)
             if changed.rowcount == 0:
                 raise OperationInProgress(tenant.slug)
             audit.record(connection, "tenant.reserve", tenant_id=tenant.id, object=database, details={"server": server.name})
@@ -206,7 +215,7 @@ class TenantStore:
         changed = connection.execute(
             update(_tenants).where((_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value)).values(values)
         )
-        found = self.find_in(connection, tenant.id).tenant
+        found = self.find_in(connection, tenant.id)
         if changed.rowcount == 0:
             raise IllegalTransition(tenant.slug, str(found.state), str(to))
         audit.record(connection, action, tenant_id=tenant.id, details={"from": str(tenant.state), "to": str(to)})
@@ -233,7 +242,7 @@ class TenantStore:
                 .values({**values, "version": _tenants.c.version + 1, "updated_at": tables.utcnow()})
             )
             audit.record(connection, "tenant.update", tenant_id=tenant_id, details={"fields": sorted(values)})
-            found = self.find_in(connection, tenant_id).tenant
+            found = self.find_in(connection, tenant_id)
         self._forget(found.id, found.slug)
         return found
 
@@ -245,7 +254,7 @@ class TenantStore:
                 .where(_tenants.c.id == tenant.id)
                 .values(revision=revision, version=_tenants.c.version + 1, updated_at=tables.utcnow())
             )
-            found = self.find_in(connection, tenant.id).tenant
+            found = self.find_in(connection, tenant.id)
             audit.record(connection, "tenant.revision", tenant_id=tenant.id, details={"from": tenant.revision, "to": revision})
         self._forget(tenant.id, tenant.slug)
         return found

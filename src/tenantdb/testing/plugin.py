@@ -27,9 +27,10 @@ import pytest
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import Session
 
-from tenantdb import Settings, Tenant, TenantDB, TenantState
+from tenantdb.database import TenantDB
+from tenantdb.model import Tenant, TenantState
 from tenantdb.registry.secrets import generate_key
-from tenantdb.settings import SQLITE, ConnectionURL
+from tenantdb.settings import SQLITE, ConnectionURL, Settings
 
 _PLACE = frozenset({"url", "registry_admin", "server", "servers", "secret_keys", "hardening"})
 """What says where an application's databases are: never taken over from the application, whose own databases tests must not touch."""
@@ -70,8 +71,7 @@ def tenant_db(
         try:
             yield db
         finally:
-            for tenant in db.tenants.list():
-                _discard(db, tenant)
+            _discard(db, db.tenants.list())
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def tenant(tenant_db: TenantDB) -> Iterator[Tenant]:
     """
     tenant = tenant_db.provision(f"test-{secrets.token_hex(6)}")
     yield tenant
-    _discard(tenant_db, tenant)
+    _discard(tenant_db, [tenant_db.tenants.get(tenant)])
 
 
 @pytest.fixture
@@ -177,18 +177,19 @@ def _login(url: ConnectionURL, settings: Settings) -> Any:
     return provisioner_connection(url, settings, "tests")
 
 
-def _discard(db: TenantDB, tenant: Tenant) -> None:
-    """Suspend a tenant, so that nobody connects any more, and drop its database and roles. Its row stays and tells what there was."""
-    tenant = db.tenants.get(tenant)
-    if tenant.state is TenantState.ACTIVE:
-        tenant = db.suspend(tenant)
-    if tenant.server is None:
-        return
-    if db.servers.get(tenant.server).backend == SQLITE:
+def _discard(db: TenantDB, tenants: list[Tenant]) -> None:
+    """Suspend tenants, so that nobody connects any more, and drop their databases and roles. Their rows stay and tell what there was."""
+    for tenant in tenants:
+        if tenant.state is TenantState.ACTIVE:
+            db.suspend(tenant)
+    [url] = db.settings.provisioners.values()
+    if url.backend == SQLITE:
         return  # pytest removes the folder
     from psycopg import sql
 
-    with _login(db.settings.provisioners[tenant.server], db.settings) as connection:
-        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(str(tenant.database))))
-        for role in (tenant.owner_role, tenant.runtime_role):
-            connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(str(role))))
+    with _login(url, db.settings) as connection:
+        for tenant in tenants:
+            if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [tenant.database]).fetchone():
+                connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(str(tenant.database))))
+                for role in (tenant.owner_role, tenant.runtime_role):
+                    connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(str(role))))

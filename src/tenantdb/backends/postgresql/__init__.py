@@ -15,7 +15,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, Pool
 
-from tenantdb.backends.base import Location
+from tenantdb.backends.base import Location, ServerReport
 from tenantdb.backends.postgresql.connect import (
     connect_problem,
     has_news,
@@ -25,7 +25,7 @@ from tenantdb.backends.postgresql.connect import (
     transport,
     without_frames,
 )
-from tenantdb.backends.postgresql.inspect import server_findings
+from tenantdb.backends.postgresql.inspect import server_report
 from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop
 from tenantdb.errors import RegistryUnavailable, ServerUnavailable, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
@@ -102,9 +102,9 @@ class PostgreSQL:
             finally:
                 connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
 
-    def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> list[str]:
+    def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> ServerReport:
         with provisioner_connection(url, settings, server.name) as connection:
-            return server_findings(connection, settings)
+            return server_report(connection, settings)
 
     def _prepare(self, engine: Engine, location: Location) -> None:
         tenant, server = location.tenant, location.server

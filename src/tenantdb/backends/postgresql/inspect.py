@@ -6,6 +6,7 @@ from typing import Any
 
 import psycopg
 
+from tenantdb.backends.base import ServerReport
 from tenantdb.backends.postgresql.bootstrap import DOORS
 from tenantdb.model import Server, Tenant
 from tenantdb.settings import Settings
@@ -119,29 +120,30 @@ SELECT datname FROM pg_database WHERE datname IN ('postgres', 'template1') AND E
 """
 
 
-def server_findings(connection: Connection, settings: Settings) -> list[str]:
-    """What keeps this login from provisioning, or stays open on this server."""
-    findings: list[str] = []
+def server_report(connection: Connection, settings: Settings) -> ServerReport:
+    """What keeps this login from provisioning, and what stays open on this server."""
+    problems: list[str] = []
+    warnings: list[str] = []
     is_super, may_create_databases, may_create_roles, may_signal = connection.execute(_PROVISIONER).fetchone() or (False,) * 4
     if is_super:
-        findings.append("the provisioner is a superuser; `tenantdb bootstrap-server` makes one that is not")
+        warnings.append("the provisioner is a superuser; `tenantdb bootstrap-server` makes one that is not")
     if not (may_create_databases and may_create_roles):
-        findings.append("the provisioner lacks CREATEDB or CREATEROLE; run `tenantdb bootstrap-server`")
+        problems.append("the provisioner lacks CREATEDB or CREATEROLE; run `tenantdb bootstrap-server`")
     if not may_signal:
-        findings.append("the provisioner lacks pg_signal_backend, so it cannot end a tenant's sessions; run `tenantdb bootstrap-server`")
+        warnings.append("the provisioner lacks pg_signal_backend, so it cannot end a tenant's sessions; run `tenantdb bootstrap-server`")
     if settings.hardening == "full":
         template = connection.execute(_TEMPLATE).fetchone()
         if template is None:
-            findings.append("the template tenantdb_tpl is missing; run `tenantdb bootstrap-server`, or set hardening='managed'")
+            problems.append("the template tenantdb_tpl is missing; run `tenantdb bootstrap-server`, or set hardening='managed'")
         elif template != (True, False):
-            findings.append("the template tenantdb_tpl accepts connections or is no template; run `tenantdb bootstrap-server`")
+            problems.append("the template tenantdb_tpl accepts connections or is no template; run `tenantdb bootstrap-server`")
     else:
-        findings += MANAGED_GAPS
-    findings += [
+        warnings += MANAGED_GAPS
+    warnings += [
         f"PUBLIC may connect to database {name}; run `tenantdb bootstrap-server`" for (name,) in connection.execute(_OPEN_DATABASES)
     ]
     if connection.info.server_version < 160000:
-        findings.append(
+        warnings.append(
             "before PostgreSQL 16 a role with CREATEROLE can reach the operating system: guard the provisioner like a superuser"
         )
-    return findings
+    return ServerReport(problems, warnings)
