@@ -14,7 +14,14 @@ from typing import Any
 from uuid import UUID
 
 
-class TenantState(str, enum.Enum):
+class StrEnum(str, enum.Enum):
+    """As `enum.StrEnum`, which Python 3.10 does not have: ``str()`` gives the value."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class TenantState(StrEnum):
     """Where a tenant is in its life. Only ``active`` is served."""
 
     SPARE = "spare"
@@ -26,9 +33,6 @@ class TenantState(str, enum.Enum):
     DELETED = "deleted"
     PURGING = "purging"
     PURGED = "purged"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 _S = TenantState
@@ -48,7 +52,7 @@ TRANSITIONS: Mapping[TenantState, frozenset[TenantState]] = MappingProxyType(
 """Every legal change of state. The registry refuses any other, and writes each as a compare-and-set."""
 
 
-class Subscription(str, enum.Enum):
+class Subscription(StrEnum):
     """What the tenant pays for, as the billing system last told us."""
 
     TRIAL = "trial"
@@ -56,11 +60,8 @@ class Subscription(str, enum.Enum):
     PAST_DUE = "past_due"
     CANCELLED = "cancelled"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class MemberRole(str, enum.Enum):
+class MemberRole(StrEnum):
     """What a user may do inside one tenant. What each role means is the application's to say."""
 
     OWNER = "owner"
@@ -68,18 +69,12 @@ class MemberRole(str, enum.Enum):
     USER = "user"
     READONLY = "readonly"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class DatabaseRole(str, enum.Enum):
+class DatabaseRole(StrEnum):
     """Which of a tenant's two credentials a connection uses: ``owner`` migrates the schema, ``runtime`` reads and writes rows."""
 
     OWNER = "owner"
     RUNTIME = "runtime"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

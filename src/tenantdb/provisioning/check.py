@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from tenantdb.backends import backend
 from tenantdb.errors import TenantDBError
+from tenantdb.model import StrEnum
 from tenantdb.registry import Registry
 from tenantdb.settings import Settings
 
 
-class Severity(str, Enum):
+class Severity(StrEnum):
     """A problem keeps something from working; a warning leaves something more open than it could be."""
 
     PROBLEM = "problem"
     WARNING = "warning"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True)

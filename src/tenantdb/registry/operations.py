@@ -7,7 +7,6 @@ by the database's clock, because workers run on several machines. Between claim 
 
 from __future__ import annotations
 
-import enum
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Connection, RowMapping, func, insert, select, update
 
 from tenantdb.errors import OperationInProgress
+from tenantdb.model import StrEnum
 from tenantdb.registry import audit, fields, tables
 from tenantdb.registry.transactions import Transactions
 
@@ -26,16 +26,13 @@ _operations = tables.operations
 Also = Callable[[Connection], object]
 
 
-class OperationState(str, enum.Enum):
+class OperationState(StrEnum):
     """Waiting for a worker, in the hands of one, or ended. A failed one runs again only when it is asked for by name."""
 
     PENDING = "pending"
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
