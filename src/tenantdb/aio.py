@@ -7,12 +7,9 @@ the journal.
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
@@ -23,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from tenantdb.connections.locate import ensure_servable
 from tenantdb.connections.pools import await_in_greenlet
 from tenantdb.connections.session import Pin, check_session_options
+from tenantdb.connections.threads import Threads
 from tenantdb.context import TenantContext
 from tenantdb.database import TenantDB, TenantKey
 from tenantdb.model import Tenant
@@ -44,21 +42,22 @@ class AsyncTenantDB:
     def __init__(self, db: TenantDB, *, session_class: type[AsyncSession] = AsyncSession) -> None:
         self.sync_db = db
         self.session_class = session_class
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="tenantdb-manage")  # starts no thread before its first use
-        self.tenants = _Awaited(db.tenants, self._run)
-        self.servers = _Awaited(db.servers, self._run)
-        self.users = _Awaited(db.users, self._run)
-        self.memberships = _Awaited(db.memberships, self._run)
-        self.refresh_tokens = _Awaited(db.refresh_tokens, self._run)
-        self.audit = _Awaited(db.audit, self._run)
-        self.provision = self._awaited(db.provision)
-        self.suspend = self._awaited(db.suspend)
-        self.activate = self._awaited(db.activate)
-        self.update = self._awaited(db.update)
-        self.work = self._awaited(db.work)
-        self.for_each = self._awaited(db.for_each)
-        self.init = self._awaited(db.init)
-        self.check = self._awaited(db.check)
+        self._manage = Threads(_THREADS, "tenantdb-manage")
+        self._work = Threads(_THREADS, "tenantdb-work")  # apart: a crowd of sign-ups must not keep anybody from signing in
+        self.tenants = _Awaited(db.tenants, self._manage.run)
+        self.servers = _Awaited(db.servers, self._manage.run)
+        self.users = _Awaited(db.users, self._manage.run)
+        self.memberships = _Awaited(db.memberships, self._manage.run)
+        self.refresh_tokens = _Awaited(db.refresh_tokens, self._manage.run)
+        self.audit = _Awaited(db.audit, self._manage.run)
+        self.provision = _awaited(db.provision, self._work)
+        self.suspend = _awaited(db.suspend, self._manage)
+        self.activate = _awaited(db.activate, self._manage)
+        self.update = _awaited(db.update, self._manage)
+        self.work = _awaited(db.work, self._work)
+        self.for_each = _awaited(db.for_each, self._work)
+        self.init = _awaited(db.init, self._work)
+        self.check = _awaited(db.check, self._work)
 
     def __repr__(self) -> str:
         return f"Async{self.sync_db!r}"
@@ -113,7 +112,7 @@ class AsyncTenantDB:
     @asynccontextmanager
     async def lifespan(self, app: Any = None) -> AsyncIterator[None]:
         """An ASGI lifespan: refuses to start without a usable registry, and closes at the end. ``FastAPI(lifespan=adb.lifespan)``."""
-        await self._run(self.sync_db.ping)
+        await self._manage.run(self.sync_db.ping)
         try:
             yield
         finally:
@@ -122,19 +121,17 @@ class AsyncTenantDB:
     async def close(self) -> None:
         """Close this event loop's connections, then the `TenantDB`. May be called twice."""
         await self.sync_db._engines.aclose()
-        await asyncio.to_thread(self.sync_db.close)  # not in a thread of our own: those may be gone already
-        self._executor.shutdown(wait=False)
+        await self._manage.run(self.sync_db.close)
+        self._manage.close()
+        self._work.close()
 
-    async def _run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        call = functools.partial(contextvars.copy_context().run, functools.partial(fn, *args, **kwargs))
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
-    def _awaited(self, fn: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
-        @functools.wraps(fn)
-        async def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return await self._run(fn, *args, **kwargs)
+def _awaited(fn: Callable[P, R], threads: Threads) -> Callable[P, Coroutine[Any, Any, R]]:
+    @functools.wraps(fn)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return await threads.run(fn, *args, **kwargs)
 
-        return call
+    return call
 
 
 class _Awaited:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ SQLITE = "sqlite"
 
 _SCHEMES = {"postgres": POSTGRESQL, "postgresql": POSTGRESQL, "postgresql+psycopg": POSTGRESQL, "sqlite": SQLITE, "sqlite+pysqlite": SQLITE}
 # What else libpq reads from a URL (hostaddr, options, service, passfile ...) could lead a connection elsewhere or change its session.
+_HOST = re.compile(r"[A-Za-z0-9._:%-]+", re.ASCII)  # names and addresses; an @ would be the rest of a password that was not escaped
 _QUERY = frozenset({"host", "sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl"})
 
 
@@ -62,7 +64,7 @@ class ConnectionURL:
         if odd := sorted(set(url.query) - _QUERY):
             raise ConfigError(f"{', '.join(odd)} cannot be given in a database URL; a password goes before the @, timeouts are settings")
         host = url.host or _one(url.query.get("host"))
-        if host is not None and ("," in host or "\0" in host or (host.startswith("/") and url.host)):
+        if host is not None and ((not host.startswith("/") and not _HOST.fullmatch(host)) or (host.startswith("/") and url.host)):
             raise ConfigError("a database URL names exactly one host, or a socket folder as ?host=/folder")
         if url.port is not None and not 1 <= url.port <= 65535:
             raise ConfigError(f"port {url.port} is outside 1 to 65535")

@@ -150,7 +150,7 @@ FORBIDDEN = [
     "DELETE FROM tenantdb_audit",
     "TRUNCATE tenantdb_audit",
     "INSERT INTO tenantdb_audit (id, at, actor, action, outcome, details) OVERRIDING SYSTEM VALUE VALUES (1, now(), 'a', 'b', 'c', '{}')",
-    "UPDATE tenantdb_operations SET state = 'done'",
+    "UPDATE tenantdb_operations SET step = 'activate'",
     "DELETE FROM tenantdb_operations",
     "UPDATE tenantdb_servers SET host = 'evil'",
     "INSERT INTO tenantdb_servers (id) VALUES (gen_random_uuid())",

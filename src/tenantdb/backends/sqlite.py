@@ -107,7 +107,7 @@ class SQLite:
             cursor = dbapi_connection.cursor()
             try:
                 try:
-                    cursor.execute(f"PRAGMA busy_timeout={min(int(settings.lock_timeout * 1000), _FOR_EVER) or _FOR_EVER}")
+                    cursor.execute(f"PRAGMA busy_timeout={_milliseconds(settings.lock_timeout)}")
                     # A batch migration rebuilds tables, and with enforcement on dropping the old one would delete or refuse what refers
                     # to it. The switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
                     cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")
@@ -125,6 +125,10 @@ class SQLite:
             options = connection.get_execution_options()
             if options.get("isolation_level") != "AUTOCOMMIT":
                 connection.exec_driver_sql(f"BEGIN {options.get('tenantdb_begin', 'DEFERRED')}")
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(max(1, round(seconds * 1000)), _FOR_EVER) if seconds else _FOR_EVER
 
 
 def database_path(server: Server, tenant: Tenant) -> Path:

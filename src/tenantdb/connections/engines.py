@@ -131,10 +131,13 @@ class Engines:
         return lane.get((tenant.id, tenant.generation, DatabaseRole.RUNTIME), lambda: self._make_async(record))
 
     def forget(self, tenant_id: UUID) -> None:
-        """A tenant has changed: retire its engines in this lane; another event loop's when it next makes one of the new generation."""
+        """A tenant has changed: retire its engines, each event loop's in that loop. From any thread."""
         self._threads.forget(tenant_id)
-        with contextlib.suppress(RuntimeError):  # no event loop runs in this thread
-            self._loop_lane(asyncio.get_running_loop()).forget(tenant_id)
+        with self._lock:
+            lanes = list(self._loops.items())
+        for loop, lane in lanes:
+            with contextlib.suppress(RuntimeError):  # closed: its connections are dropped when a lane is next made, or at the end
+                loop.call_soon_threadsafe(lane.forget, tenant_id)
 
     def close(self) -> None:
         """Retire the threads' engines and drop those of event loops that are closed."""

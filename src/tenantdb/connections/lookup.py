@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
 from uuid import UUID
 
 from tenantdb.connections.locate import ensure_servable
+from tenantdb.connections.threads import Threads
 from tenantdb.model import Tenant
 from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _THREADS = 4  # apart from those for management, so that a request never waits behind a migration
 
@@ -26,7 +18,8 @@ class Lookups:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="tenantdb-lookup")  # starts no thread before its first use
+        self._threads = Threads(_THREADS, "tenantdb-lookup")
+        self.run = self._threads.run  # for other short questions to the registry, from the event loop
 
     def record(self, key: str | UUID) -> TenantRecord:
         """Raises: `TenantNotFound`, `RegistryUnavailable`."""
@@ -37,11 +30,6 @@ class Lookups:
         found = self._registry.peek(key)
         return await self.run(self._registry.lookup, key) if found is None else found
 
-    async def run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """A short question to the registry, from the event loop."""
-        call = functools.partial(contextvars.copy_context().run, functools.partial(fn, *args, **kwargs))
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
-
     def servable(self, key: str | UUID) -> Tenant:
         """Raises: also what `ensure_servable` raises."""
         return ensure_servable(self.record(key).tenant, key)
@@ -50,4 +38,4 @@ class Lookups:
         return ensure_servable((await self.arecord(key)).tenant, key)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True)
+        self._threads.close()

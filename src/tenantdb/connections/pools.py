@@ -66,5 +66,7 @@ class AsyncTenantPool(_Retirable, AsyncAdaptedQueuePool):
         self.retired = True
         while self.checkedin():
             driver: Any = self._pool.get(block=False).driver_connection
+            if driver is None:  # invalidated: there is nothing left to close
+                continue
             finish = getattr(getattr(driver, "pgconn", None), "finish", None) or driver.stop
             finish()

@@ -58,6 +58,7 @@ def run_env(db: HasDatabases, *, target_metadata: MetaData | None, **options: An
             _configure(target_metadata, options, connection=connection)
             with context.begin_transaction():
                 context.run_migrations()
+                _check_references(connection)
     except TenantDBError as error:
         if config.cmd_opts is not None:
             raise CommandError(str(error)) from error
@@ -81,6 +82,13 @@ def _connection(databases: Databases, config: Any, metadata: MetaData | None, op
     with databases.scratch_connection() as connection:
         upgrade_in_place(connection, context.script, _options(metadata, options, connection.dialect.name))
         yield connection
+
+
+def _check_references(connection: Connection) -> None:
+    """SQLite migrates with foreign keys off, or rebuilding a table would delete what refers to it; so look before the commit."""
+    if connection.dialect.name == "sqlite" and (dangling := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()):
+        tables = ", ".join(sorted({f"{row[0]} to {row[2]}" for row in dangling}))
+        raise MigrationError(f"the migration leaves {len(dangling)} rows that refer to rows that are not there ({tables}); it was undone")
 
 
 def _command_name(config: Any) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 from tenantdb.backends import backend
 from tenantdb.errors import TenantDBError
-from tenantdb.model import StrEnum
+from tenantdb.model import Server, StrEnum
 from tenantdb.registry import Registry
-from tenantdb.settings import Settings
+from tenantdb.settings import SQLITE, Settings
 
 
 class Severity(StrEnum):
@@ -38,6 +39,8 @@ def check(registry: Registry, settings: Settings) -> list[Finding]:
         return [Finding(Severity.PROBLEM, "registry", error.explain()), *findings]
     if not servers:
         findings.append(Finding(Severity.PROBLEM, "servers", "no database server is registered; give server=... and run `tenantdb init`"))
+    for known in servers.values():
+        findings += _address(known, settings)
     for name, url in settings.provisioners.items():
         server = servers.get(name)
         if server is None:
@@ -51,6 +54,26 @@ def check(registry: Registry, settings: Settings) -> list[Finding]:
             findings += [Finding(Severity.PROBLEM, f"server {name}", text) for text in report.problems]
             findings += [Finding(Severity.WARNING, f"server {name}", text) for text in report.warnings]
     return sorted(findings, key=lambda finding: finding.severity is Severity.WARNING)
+
+
+def _address(server: Server, settings: Settings) -> list[Finding]:
+    """Whether something listens where the registry says, and whether the settings mean the same place."""
+    if server.backend == SQLITE:
+        return []
+    subject, findings = f"server {server.name}", []
+    for host, port in dict.fromkeys([(server.host, server.port), (server.direct_host, server.direct_port)]):
+        if host is None or host.startswith("/"):
+            continue  # a socket's folder: the provisioner's login below tells
+        try:
+            socket.create_connection((host, port or 5432), settings.connect_timeout).close()
+        except OSError as error:
+            text = f"nothing answers at {host}:{port or 5432}, where the registry says it is ({type(error).__name__})"
+            findings.append(Finding(Severity.PROBLEM, subject, text))
+    url = settings.provisioners.get(server.name)
+    if url is not None and (url.host, url.port or 5432) != (server.direct_host, server.direct_port or 5432):
+        text = "the settings and the registry name different addresses; `db.servers.add` writes a new one"
+        findings.append(Finding(Severity.PROBLEM, subject, text))
+    return findings
 
 
 def _settings(settings: Settings) -> list[Finding]:

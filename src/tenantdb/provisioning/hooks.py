@@ -1,7 +1,8 @@
 """What an application adds to a tenant's life: seeds, and functions called before and after an event.
 
-A ``before_`` hook that raises stops the operation with nothing done. An ``after_`` hook comes when the change is committed, so one that
-raises is logged and undoes nothing. None receives a secret.
+A ``before_`` hook that raises stops the operation with nothing done; ``before_provision`` comes when the sign-up is written down and
+before anything is made on a server, so the tenant is failed then, with the reason. An ``after_`` hook comes when the change is
+committed, so one that raises is logged and undoes nothing. None receives a secret.
 """
 
 from __future__ import annotations

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy.orm import Session
 
 from tenantdb.connections.locate import Locator
-from tenantdb.errors import ConfigError, ProvisioningError, TenantExists, TenantNotFound, UserExists, describe_with_frames
+from tenantdb.errors import (
+    ConfigError,
+    CredentialTampered,
+    ProvisioningError,
+    RegistryError,
+    TenantExists,
+    TenantNotFound,
+    UserExists,
+    describe_with_frames,
+)
 from tenantdb.model import NewUser, Tenant, TenantState, User
 from tenantdb.provisioning.hooks import Hooks
 from tenantdb.provisioning.journal import WORKER, carry_out
@@ -59,13 +69,15 @@ class Provisioner:
         except (TenantExists, UserExists) as error:
             tenant, operation = self._existing(request, error, exist_ok=exist_ok)
             repeated = not exist_ok
+        if tenant.state is TenantState.FAILED and not self._settings.provisioners:
+            return self._queue_again(tenant, operation)
         if tenant.state not in {TenantState.PROVISIONING, TenantState.FAILED} or not self._settings.provisioners:
             if repeated:
                 raise TenantExists(slug)
             return tenant
         with _turns:
             claimed = self._registry.operations.claim(operation.id, WORKER, LEASE)
-            made = None if claimed is None else self._carry_out(claimed)
+            made = None if claimed is None else self._carry_out(claimed, request.payload)
         if made is not None:
             return self._announce(made)
         if repeated:  # somebody else is at work on it, or was
@@ -85,7 +97,7 @@ class Provisioner:
         operation = self._registry.operations.for_tenant(tenant.id)
         if operation is None:
             raise error
-        if exist_ok and isinstance(error, TenantExists):
+        if exist_ok:
             return tenant, operation
         abandoned = tenant.state is TenantState.PROVISIONING and (
             operation.state is OperationState.RUNNING or _forgotten(operation)  # `claim` tells whether its worker is alive
@@ -97,6 +109,14 @@ class Provisioner:
         if isinstance(owner, NewUser) and not self._registry.users.verifies(owner.email, owner.password):
             raise error
         return tenant, operation
+
+    def _queue_again(self, tenant: Tenant, operation: Operation) -> Tenant:
+        """Leave a failed operation to a worker once more: this process has no provisioner."""
+        with self._registry.write() as connection:
+            if self._registry.operations.queue_again(connection, operation):
+                self._registry.tenants.transition_in(connection, tenant, TenantState.PROVISIONING, action="tenant.retry")
+        self._registry.forget(tenant.id, tenant.slug)
+        return self._registry.tenants.get(tenant.id)
 
     def work(self, *, stop: threading.Event | None, poll: float) -> int:
         if not self._settings.provisioners:
@@ -111,6 +131,12 @@ class Provisioner:
                 told = describe_with_frames(error.__cause__ or error)
                 logger.error("provisioning of %s failed at step %s, and its row says why. %s", error.tenant, error.step, told)
                 continue
+            except RegistryError as error:
+                if stop is None:
+                    raise
+                logger.warning("the registry cannot be asked for work: %s", error.explain())
+                stop.wait(poll)
+                continue
             if made is not None:
                 self._announce(made)
                 done += 1
@@ -120,9 +146,15 @@ class Provisioner:
                 stop.wait(poll)
         return done
 
-    def _carry_out(self, operation: Operation) -> Tenant:
-        record = self._registry.tenants.record(operation.tenant_id)
-        work = Work(self._registry, self._settings, self._locator, self._hooks, self._session_class, operation, record)
+    def _carry_out(self, operation: Operation, wanted: Mapping[str, Any] | None = None) -> Tenant:
+        """``wanted`` is what a repeated call asks for now; where it leaves open, the operation's own wishes hold."""
+        wanted = {**operation.payload, **{name: value for name, value in (wanted or {}).items() if value is not None}}
+        try:
+            record = self._registry.tenants.record(operation.tenant_id)
+        except CredentialTampered as error:  # nothing can be done with its server; a worker must not stumble over it again and again
+            self._registry.operations.fail(operation, error.explain())
+            raise ProvisioningError(str(operation.tenant_id), operation.step or "start", error.explain()) from error
+        work = Work(self._registry, self._settings, self._locator, self._hooks, self._session_class, operation, record, wanted)
         return carry_out(work)
 
     def _announce(self, tenant: Tenant) -> Tenant:

@@ -8,10 +8,11 @@ the roles, so that a name that turns out to be taken costs nothing that would ha
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy.engine import Connection
@@ -44,6 +45,7 @@ class Work:
     session_class: type[Session]
     operation: Operation
     record: TenantRecord
+    wanted: Mapping[str, Any]  # the server or region that was asked for
 
     @property
     def tenant(self) -> Tenant:
@@ -82,8 +84,7 @@ def reserve(work: Work) -> None:
     if work.tenant.database is not None:
         return
     work.hooks.before("provision", work.tenant)
-    wanted = work.operation.payload
-    server = work.registry.servers.pick(wanted.get("server"), region=wanted.get("region"), among=work.settings.provisioners)
+    server = work.registry.servers.pick(work.wanted.get("server"), region=work.wanted.get("region"), among=work.settings.provisioners)
     with work.workshop(server) as workshop:
         database = draw_name()
         while workshop.find_database(database):
@@ -186,6 +187,7 @@ def verify(work: Work) -> None:
 
 def activate(work: Work) -> None:
     """Compare-and-set to active, the moment from which the tenant is served, and the end of the operation, in one transaction."""
+    work.hooks.before("activate", work.tenant)
     tenants = work.registry.tenants
 
     def serve(connection: Connection) -> None:

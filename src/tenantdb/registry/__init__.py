@@ -49,7 +49,7 @@ class Registry:
         self._transactions = Transactions(engine, admin_engine, self._check)
         self._cache = RecordCache(size=settings.cache_size, ttl=settings.cache_ttl, clock=clock)
         self.audit = AuditStore(self._transactions)
-        self.servers = ServerStore(self._transactions, keyring)
+        self.servers = ServerStore(self._transactions, keyring, self._cache.clear)
         self.tenants = TenantStore(self._transactions, self.servers.read, self.forget)
         self.users = UserStore(self._transactions)
         self.memberships = MembershipStore(self._transactions)
@@ -81,8 +81,8 @@ class Registry:
         Raises: `RegistryOutOfRange`, `RegistryUnavailable`, `SecretKeyError`, `HardeningFailed`.
         """
         engine, admin_engine = self._transactions.engine, self._transactions.admin_engine
-        schema.upgrade(admin_engine, self.keyring)
-        if engine is not admin_engine and engine.dialect.name == "postgresql":
+        newest = schema.upgrade(admin_engine, self.keyring)
+        if newest and engine is not admin_engine and engine.dialect.name == "postgresql":
             with mapped_errors():
                 with begin(engine, immediate=False) as connection:
                     app = connection.scalar(select(func.current_user()))

@@ -8,7 +8,7 @@ by the database's clock, because workers run on several machines. Between claim 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -20,6 +20,8 @@ from tenantdb.errors import OperationInProgress
 from tenantdb.model import StrEnum
 from tenantdb.registry import audit, fields, tables
 from tenantdb.registry.transactions import Transactions
+
+PROVISION = "provision"
 
 _operations = tables.operations
 
@@ -115,11 +117,14 @@ class OperationStore:
             takeable = _operations.c.state.in_([OperationState.PENDING.value, OperationState.FAILED.value]) | _abandoned(now)
             return _take(connection, operation_id, takeable, worker, now + lease)
 
-    def claim_next(self, worker: str, lease: timedelta) -> Operation | None:
-        """Take the oldest operation that waits or was abandoned; None where there is none. Two workers never get the same."""
+    def claim_next(self, worker: str, lease: timedelta, *, kinds: Collection[str] = (PROVISION,)) -> Operation | None:
+        """Take the oldest operation that waits or was abandoned; None where there is none. Two workers never get the same.
+
+        Only of ``kinds``: newer code may write down what this one cannot carry out.
+        """
         with self._transactions.admin_write() as connection:
             now = _now(connection)
-            waiting = (_operations.c.state == OperationState.PENDING.value) | _abandoned(now)
+            waiting = ((_operations.c.state == OperationState.PENDING.value) | _abandoned(now)) & _operations.c.kind.in_(kinds)
             operation_id = connection.scalar(
                 select(_operations.c.id)
                 .where(waiting)
@@ -128,6 +133,11 @@ class OperationStore:
                 .with_for_update(skip_locked=True)
             )
             return None if operation_id is None else _take(connection, operation_id, waiting, worker, now + lease)
+
+    def queue_again(self, connection: Connection, operation: Operation) -> bool:
+        """Let a worker take up a failed operation, in the caller's transaction, also as the serving login. False where it is not failed."""
+        again = update(_operations).where((_operations.c.id == operation.id) & (_operations.c.state == OperationState.FAILED.value))
+        return bool(connection.execute(again.values(state=OperationState.PENDING.value)).rowcount)
 
     def renew(self, operation: Operation, lease: timedelta) -> Operation:
         """Hold on. Raises: `OperationInProgress` where the lease has ended."""

@@ -34,11 +34,11 @@ _LOCK = text(f"LOCK TABLE {tables.VERSION_TABLE} IN EXCLUSIVE MODE")
 _VERSIONS = text(f"SELECT version_num FROM {tables.VERSION_TABLE}")
 
 
-def upgrade(engine: Engine, keyring: Keyring) -> None:
+def upgrade(engine: Engine, keyring: Keyring) -> bool:
     """Create the registry's tables, or bring them to `NEWEST`. May run any number of times, also in several processes at once.
 
-    A registry that is newer than this code is left as it is. Raises: `RegistryOutOfRange` where it is too new; `SecretKeyError` where
-    the keys are not the ones it was made with; `RegistryUnavailable`.
+    A registry that is newer than this code is left as it is, its grants too, and False is returned. Raises: `RegistryOutOfRange` where it
+    is too new; `SecretKeyError` where the keys are not the ones it was made with; `RegistryUnavailable`.
     """
     try:
         _make_version_table(engine)
@@ -49,9 +49,10 @@ def upgrade(engine: Engine, keyring: Keyring) -> None:
             connection.execute(_LOCK)
         if (connection.scalar(_VERSIONS) or "") > NEWEST:
             check_range(connection)
-            return
+            return False
         _run_history(connection)
         _write_meta(connection, keyring)
+        return True
 
 
 def check_range(connection: Connection) -> None:

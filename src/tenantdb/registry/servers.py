@@ -7,7 +7,7 @@ connections to a machine of his own is found out before a password is sent there
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -21,14 +21,16 @@ from tenantdb.registry.secrets import RUNTIME, Keyring
 from tenantdb.registry.transactions import Transactions, violates
 
 _GONE = (TenantState.PURGED.value,)
+_ADDRESS = ("backend", "host", "port", "direct_host", "direct_port", "path")
 
 
 class ServerStore:
     """Reads and writes servers. Writing takes the login that owns the registry."""
 
-    def __init__(self, transactions: Transactions, keyring: Keyring) -> None:
+    def __init__(self, transactions: Transactions, keyring: Keyring, forget_all: Callable[[], None]) -> None:
         self._transactions = transactions
         self._keyring = keyring
+        self._forget_all = forget_all
 
     def get(self, name: str | UUID) -> Server:
         """A server by name or id. Raises: `NoServerAvailable`; `CredentialTampered` where its address was edited."""
@@ -85,7 +87,9 @@ class ServerStore:
         extensions: Sequence[str] = (),
         schemas: Sequence[str] = (),
     ) -> Server:
-        """Register a server, or give the one of this name a new address; its tenants stay readable. May run any number of times.
+        """Register a server, or write the one of this name anew. May run any number of times.
+
+        At a new address its tenants stay readable; other processes follow when their copies of the records are too old.
 
         The direct address is the runtime address where none is given. Raises: `ConfigError` where the name belongs to another backend.
         """
@@ -134,8 +138,15 @@ class ServerStore:
                 audit.record(connection, "server.add", object=name)
             elif changed := [key for key in values if key != "address_seal" and row[key] != values[key]]:
                 connection.execute(update(tables.servers).where(tables.servers.c.id == server_id).values(updated_at=now, **values))
+                if set(changed) & set(_ADDRESS):  # its tenants are elsewhere now, and engines are kept by generation
+                    connection.execute(
+                        update(tables.tenants)
+                        .where(tables.tenants.c.server_id == server_id)
+                        .values(version=tables.tenants.c.version + 1, generation=tables.tenants.c.generation + 1, updated_at=now)
+                    )
                 audit.record(connection, "server.change", object=name, details={"fields": changed})
             stored = connection.execute(select(tables.servers).where(tables.servers.c.id == server_id)).mappings().one()
+        self._forget_all()
         return self.read({**stored})
 
     def _seal(self, server_id: UUID, values: dict[str, Any]) -> bytes | None:
@@ -160,4 +171,4 @@ def _sealed(backend: str) -> bool:
 
 def _address(values: Mapping[str, Any]) -> list[str]:
     """What is sealed. None and "" stay two things."""
-    return [repr(values[name]) for name in ("backend", "host", "port", "direct_host", "direct_port", "path")]
+    return [repr(values[name]) for name in _ADDRESS]

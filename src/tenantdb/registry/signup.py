@@ -21,15 +21,13 @@ from tenantdb.errors import TenantExists, UserExists
 from tenantdb.model import MemberRole, NewUser, Subscription, Tenant, User
 from tenantdb.registry import audit, fields
 from tenantdb.registry.ids import user_id_of
-from tenantdb.registry.operations import Operation
+from tenantdb.registry.operations import PROVISION, Operation
 from tenantdb.registry.passwords import hash_password
 from tenantdb.registry.transactions import violates
 from tenantdb.resolvers import canonical_slug
 
 if TYPE_CHECKING:
     from tenantdb.registry import Registry
-
-PROVISION = "provision"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +47,15 @@ class SignUp:
     idempotency_key: str | None = None
 
     def fingerprint(self) -> bytes:
-        """The same for the same request. Without the password: a fast hash of it would be a gift to whoever reads the table."""
+        """The same for the same request, wherever its database is wanted: a server that was named wrongly can be named anew.
+
+        Without the password: a fast hash of it would be a gift to whoever reads the table.
+        """
         owner = self.owner
         who = fields.required_email_key(owner.email) if isinstance(owner, NewUser) else str(getattr(owner, "id", owner))
         request = {name: getattr(self, name) for name in ("slug", "name", "email", "phone", "country", "plan")}
         request |= {"subscription": fields.subscription(self.subscription).value, "owner": who}
-        request |= {name: fields.document(name, getattr(self, name)) for name in ("metadata", "payload")}
+        request["metadata"] = fields.document("metadata", self.metadata)
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
 
 

@@ -234,9 +234,10 @@ APP_COLUMNS: dict[Table, dict[str, list[str]]] = {
     users: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     memberships: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     refresh_tokens: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
-    operations: {"SELECT": [], "INSERT": []},
+    operations: {"SELECT": [], "INSERT": [], "UPDATE": ["state"]},
     servers: {"SELECT": []},
     meta: {"SELECT": []},
 }
 """What the ``app`` login may do on PostgreSQL, by column; an empty list means all columns. It can give no tenant a place, a role or a
-secret, reads no owner's secret, and neither changes nor numbers what the audit log says."""
+secret, reads no owner's secret, and neither changes nor numbers what the audit log says. Of an operation it may change the state, to
+queue a failed one again."""
