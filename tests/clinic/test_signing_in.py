@@ -68,6 +68,17 @@ async def test_a_request_that_is_repeated_makes_one_clinic(client: httpx.AsyncCl
     assert len(db.tenants.list()) == 1
 
 
+async def test_a_repeated_request_is_not_told_of_success_when_its_clinic_is_suspended(client: httpx.AsyncClient, db: TenantDB) -> None:
+    headers = {"Idempotency-Key": "4bd1a8c2-sign-up"}
+    body = registration("acme-dental", "ada@acme.example")
+    await client.post("/auth/register", json=body, headers=headers)
+    db.suspend("acme-dental")
+
+    answer = await client.post("/auth/register", json=body, headers=headers)
+
+    assert (answer.status_code, answer.json()["code"]) == (403, "tenant-suspended")
+
+
 async def test_somebody_who_knows_the_idempotency_key_gets_no_tokens(client: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "4bd1a8c2-sign-up"}
     body = registration("acme-dental", "ada@acme.example")

@@ -81,6 +81,8 @@ async def register(
     if tenant.state is TenantState.PROVISIONING:
         response.status_code = 202
         response.headers.update({"Location": f"/auth/register/{tenant.id}", "Retry-After": RETRY_AFTER})
+    else:
+        await adb.resolve(tenant)  # a repeated request may find its clinic suspended or failed
     return await _sign_in(adb, tokens, user, _clinic(tenant, await adb.memberships.get(user, tenant)))
 
 
