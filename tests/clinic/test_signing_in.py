@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from examples.clinic.app import create_app
-from tenantdb import Settings, TenantDB, errors
+from tenantdb import Settings, Tenant, TenantDB, errors
+from tenantdb.provisioning.provisioner import Provisioner
 from tests.clinic.people import PASSWORD, Person, Reception, registration
 
 pytestmark = pytest.mark.parametrize("world", ["sqlite"], indirect=True)  # the registry has tests of its own, on both
@@ -77,6 +78,42 @@ async def test_a_repeated_request_is_not_told_of_success_when_its_clinic_is_susp
     answer = await client.post("/auth/register", json=body, headers=headers)
 
     assert (answer.status_code, answer.json()["code"]) == (403, "tenant-suspended")
+
+
+async def test_a_clinic_that_failed_is_not_called_made(client: httpx.AsyncClient, db: TenantDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    @db.on("before_activate")
+    def refuse(tenant: Tenant) -> None:
+        raise ValueError("not this one")
+
+    body = registration("acme-dental", "ada@acme.example")
+    first = await client.post("/auth/register", json=body)
+    monkeypatch.setattr(Provisioner, "provision", lambda *args, **options: db.tenants.get("acme-dental"))  # another process was quicker
+    second = await client.post("/auth/register", json=body)
+
+    assert [(answer.status_code, answer.json()["code"]) for answer in (first, second)] == [(503, "provisioning"), (503, "tenant-not-ready")]
+    assert "access_token" not in first.text + second.text
+
+
+async def test_a_clinic_that_failed_elsewhere_is_promised_again(
+    client: httpx.AsyncClient, db: TenantDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = True
+
+    @db.on("before_activate")
+    def refuse(tenant: Tenant) -> None:
+        if broken:
+            raise ValueError("not yet")
+
+    body, states = registration("acme-dental", "ada@acme.example"), []
+    for broken in (True, False):
+        with monkeypatch.context() as web_process:
+            web_process.setattr(Settings, "provisioners", property(lambda settings: {}))
+            answer = await client.post("/auth/register", json=body)
+        assert (answer.status_code, answer.json()["clinic"]["state"]) == (202, "provisioning")
+        db.work()
+        states.append(str(db.tenants.get("acme-dental").state))
+
+    assert states == ["failed", "active"]
 
 
 async def test_somebody_who_knows_the_idempotency_key_gets_no_tokens(client: httpx.AsyncClient) -> None:

@@ -75,15 +75,18 @@ async def register(
             raise refused from None
         tenant = await adb.provision(owner=user, **wanted)
     user = await adb.users.get(account.email)
+    membership = await adb.memberships.get(user, tenant)
+    if tenant.state is TenantState.SUSPENDED:
+        raise errors.TenantSuspended(tenant.slug)
+    if tenant.state not in {TenantState.ACTIVE, TenantState.PROVISIONING}:  # a repeated request may find that its clinic failed
+        raise errors.TenantNotReady(tenant.slug, str(tenant.state))
     if user.email_verified_at is None:
         token = await adb.users.verification_token(user)
         tasks.add_task(mailer.send, user.email, "Please verify your e-mail address", f"POST this token to /auth/verify-email: {token}")
     if tenant.state is TenantState.PROVISIONING:
         response.status_code = 202
         response.headers.update({"Location": f"/auth/register/{tenant.id}", "Retry-After": RETRY_AFTER})
-    else:
-        await adb.resolve(tenant)  # a repeated request may find its clinic suspended or failed
-    return await _sign_in(adb, tokens, user, _clinic(tenant, await adb.memberships.get(user, tenant)))
+    return await _sign_in(adb, tokens, user, _clinic(tenant, membership))
 
 
 @router.get("/register/{tenant_id}")
