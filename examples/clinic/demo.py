@@ -43,7 +43,7 @@ class Claims:
     def check(self, claim: str, held: object, detail: object = "") -> None:
         took = (time.perf_counter() - self._since) * 1000
         mark = "[green]✓[/green]" if held else "[red]✗[/red]"
-        out.print(f"  {mark} {claim} [dim]{took:.0f} ms[/dim]" + (f"  {detail}" if not held else ""))
+        out.print(f"  {mark} {claim} [dim]{took:.0f} ms[/dim]" + (f"  {detail}" if not held else ""), soft_wrap=True)
         if not held:
             self.failed.append(claim)
         self._since = time.perf_counter()

@@ -97,15 +97,15 @@ async def test_a_clinic_that_failed_is_not_called_made(client: httpx.AsyncClient
 async def test_a_clinic_that_failed_elsewhere_is_promised_again(
     client: httpx.AsyncClient, db: TenantDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = True
+    reasons = ["not yet"]
 
     @db.on("before_activate")
-    def refuse(tenant: Tenant) -> None:
-        if broken:
-            raise ValueError("not yet")
+    def refuse_once(tenant: Tenant) -> None:
+        if reasons:
+            raise ValueError(reasons.pop())
 
     body, states = registration("acme-dental", "ada@acme.example"), []
-    for broken in (True, False):
+    for _ in range(2):
         with monkeypatch.context() as web_process:
             web_process.setattr(Settings, "provisioners", property(lambda settings: {}))
             answer = await client.post("/auth/register", json=body)

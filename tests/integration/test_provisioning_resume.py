@@ -118,13 +118,16 @@ def break_step(monkeypatch: pytest.MonkeyPatch, db: TenantDB, step: str, point: 
 
 REQUESTS = ("same-call", "key", "exist-ok")
 FAULTS = list(itertools.product(NAMES, ["before", "inside", "after"]))
+EACH_ONCE = {(step, point, how) for (step, point), how in zip(FAULTS, itertools.cycle(REQUESTS), strict=False)} | {
+    ("activate", point, "same-call") for point in ("inside", "after")
+}
+SWEEP = [
+    case if case in EACH_ONCE else pytest.param(*case, marks=pytest.mark.long)
+    for case in ((step, point, how) for (step, point), how in itertools.product(FAULTS, REQUESTS))
+]
 
 
-@pytest.mark.parametrize(
-    ("step", "point", "how"),
-    [(step, point, how) for (step, point), how in zip(FAULTS, itertools.cycle(REQUESTS), strict=False)]
-    + [("activate", point, "same-call") for point in ("inside", "after")],
-)
+@pytest.mark.parametrize(("step", "point", "how"), SWEEP)
 def test_after_an_error_anywhere_the_same_call_finishes(
     slug: str, monkeypatch: pytest.MonkeyPatch, db: TenantDB, whole: Callable[[Tenant], None], step: str, point: str, how: str
 ) -> None:
