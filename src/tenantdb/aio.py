@@ -17,7 +17,6 @@ from uuid import UUID
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from tenantdb.connections.locate import ensure_servable
 from tenantdb.connections.pools import await_in_greenlet
 from tenantdb.connections.session import Pin, check_session_options
 from tenantdb.connections.threads import Threads
@@ -104,7 +103,6 @@ class AsyncTenantDB:
         """Called by a session inside SQLAlchemy's greenlet, where a coroutine can be awaited from plain code."""
         db = self.sync_db
         record = db._registry.peek(key) or await_in_greenlet(db._lookups.arecord(key))
-        ensure_servable(record.tenant, key)
         return record.tenant.id, db._engines.async_engine_of(record, key).sync_engine
 
     # -- the installation --------------------------------------------------------------------------------------------------------------

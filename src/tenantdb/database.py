@@ -84,7 +84,7 @@ class TenantDB:
         self._registry = Registry(engine, engine if own is None else product.registry_engine(own, self.settings), self.settings, keyring)
         self._locator = Locator(self._registry, self.settings)
         self._lookups = Lookups(self._registry)
-        self._engines = Engines(self._registry, self._locator, self.settings)
+        self._engines = Engines(self._locator, self.settings)
         self._hooks = Hooks()
         self._lifecycle = Lifecycle(self._registry, self._engines, self._hooks)
         self._pinned: Any = pinned(cast("Any", session_class))
@@ -135,7 +135,7 @@ class TenantDB:
 
     def engine(self, tenant: TenantKey | None = None) -> Engine:
         """The engine of the tenant as it is now. Ask again for each piece of work: one kept for long outlives its place in the cache."""
-        return self._engines.engine(self._pin_key(tenant))
+        return self._lookup_engine(self._pin_key(tenant))[1]
 
     def tenant_context(self, tenant: TenantKey, *, switch: bool = False) -> TenantContext:
         """Bind the tenant for a block or, as a decorator, for a function of any kind; ``with ... as tenant`` gives the `Tenant`.

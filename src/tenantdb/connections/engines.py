@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -23,7 +23,6 @@ from tenantdb.backends import Location, backend
 from tenantdb.connections.locate import Locator, ensure_servable
 from tenantdb.connections.pools import AsyncTenantPool, TenantPool
 from tenantdb.model import DatabaseRole
-from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
 from tenantdb.settings import Settings
 
@@ -92,9 +91,6 @@ class Lane(Generic[E]):
             self.retiring.add(task)
             task.add_done_callback(self.retiring.discard)
 
-    def __len__(self) -> int:
-        return len(self._engines)
-
 
 def _sync_pool(engine: Engine) -> Any:
     return engine.pool
@@ -105,10 +101,9 @@ def _async_pool(engine: AsyncEngine) -> Any:
 
 
 class Engines:
-    """From a tenant's key to an engine on its database; the place where an unservable tenant is refused. Safe to share between threads."""
+    """From a tenant's record to an engine on its database; here an unservable tenant is refused. Safe to share between threads."""
 
-    def __init__(self, registry: Registry, locator: Locator, settings: Settings) -> None:
-        self._registry = registry
+    def __init__(self, locator: Locator, settings: Settings) -> None:
         self._locator = locator
         self._settings = settings
         self._threads: Lane[Engine] = Lane(settings.max_engines, _sync_pool)
@@ -116,11 +111,8 @@ class Engines:
         self._loops: dict[asyncio.AbstractEventLoop, Lane[AsyncEngine]] = {}
         self._lock = threading.Lock()
 
-    def engine(self, key: str | UUID) -> Engine:
-        """The threads' engine of a tenant. Raises: what `ensure_servable` raises, `RegistryUnavailable`."""
-        return self.engine_of(self._registry.lookup(key), key)
-
     def engine_of(self, record: TenantRecord, key: Hashable) -> Engine:
+        """The threads' engine of a tenant; ``key`` is how the caller named it. Raises: what `ensure_servable` raises."""
         tenant = ensure_servable(record.tenant, key)
         return self._threads.get((tenant.id, tenant.generation, DatabaseRole.RUNTIME), lambda: self._make(record))
 
@@ -170,13 +162,13 @@ class Engines:
     def _make(self, record: TenantRecord) -> Engine:
         location = self._locator.locate(record, DatabaseRole.RUNTIME)
         engine = backend(location.server.backend).engine(location, self._settings, poolclass=TenantPool, **self._pool_options())
-        engine.pool.tenant_slug = record.tenant.slug  # type: ignore[attr-defined]
+        _sync_pool(engine).tenant_slug = record.tenant.slug
         return engine
 
     def _make_async(self, record: TenantRecord) -> AsyncEngine:
         location = self._locator.locate(record, DatabaseRole.RUNTIME)
         engine = backend(location.server.backend).async_engine(location, self._settings, poolclass=AsyncTenantPool, **self._pool_options())
-        engine.sync_engine.pool.tenant_slug = record.tenant.slug  # type: ignore[attr-defined]
+        _async_pool(engine).tenant_slug = record.tenant.slug
         return engine
 
     def _pool_options(self) -> dict[str, Any]:
@@ -185,7 +177,7 @@ class Engines:
 
 
 @contextlib.contextmanager
-def one_engine(location: Location, settings: Settings) -> Any:
+def one_engine(location: Location, settings: Settings) -> Iterator[Engine]:
     """An engine without a pool, for one step of provisioning or one migration, whatever the tenant's state."""
     engine = backend(location.server.backend).engine(location, settings, poolclass=NullPool)
     try:
