@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import inspect, text
@@ -16,7 +19,7 @@ from tenantdb.provisioning import steps
 from tests.conformance.app import NOTES, note
 from tests.conformance.colours import Face, MakeFace, MakeProcess
 from tests.conformance.conftest import Estate
-from tests.world import SQLiteWorld
+from tests.world import SQLiteWorld, eventually
 
 pytestmark = pytest.mark.parametrize("world", ["sqlite"], indirect=True, scope="session")
 
@@ -136,3 +139,39 @@ def test_eight_threads_may_write_the_registry_at_once(process: MakeProcess, fres
     with ThreadPoolExecutor(8) as executor:
         list(executor.map(lambda number: db.update(fresh, plan=f"plan-{number}"), range(32)))
     assert db.tenants.get(fresh).version == before + 32
+
+
+async def test_a_file_that_opens_after_its_coroutine_was_cancelled_is_closed_again(
+    monkeypatch: pytest.MonkeyPatch, async_face: MakeFace, acme: Tenant
+) -> None:
+    """The driver's thread cannot be stopped: it opens the file whoever has gone meanwhile."""
+    begun, may_open, done = threading.Event(), threading.Event(), threading.Event()
+    opened: list[sqlite3.Connection] = []
+
+    def connect(*args: Any, **parameters: Any) -> sqlite3.Connection:
+        begun.set()
+        may_open.wait(30)
+        opened.append(real_connect(*args, **parameters))
+        done.set()
+        return opened[0]
+
+    face = async_face()
+    real_connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    task = asyncio.create_task(face.marker("acme"))
+    while not (begun.is_set() or task.done()):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    may_open.set()
+    assert await asyncio.to_thread(done.wait, 30)
+
+    def is_closed() -> bool:
+        try:
+            opened[0].execute("SELECT 1")
+        except sqlite3.ProgrammingError:
+            return True
+        return False
+
+    eventually(is_closed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -100,6 +101,8 @@ class SQLite:
                 raise ServerUnavailable(location.server.name, "the tenant's database file is missing")
             cargs[:] = [target]
             cparams["uri"] = True
+            if dialect.is_async:
+                cparams["async_creator_fn"] = _open_in_thread
 
         @event.listens_for(engine, "connect")
         def configure(dbapi_connection: Any, record: Any) -> None:
@@ -125,6 +128,40 @@ class SQLite:
             options = connection.get_execution_options()
             if options.get("isolation_level") != "AUTOCOMMIT":
                 connection.exec_driver_sql(f"BEGIN {options.get('tenantdb_begin', 'DEFERRED')}")
+
+
+async def _open_in_thread(*args: Any, **parameters: Any) -> Any:
+    """Open a file through aiosqlite, whose thread finishes opening also when the coroutine that waits for it is cancelled.
+
+    What it opens then would be nobody's, and stay open until it is collected; so whoever comes second, the thread or the cancellation,
+    closes it.
+    """
+    import aiosqlite
+
+    lock = threading.Lock()
+    opened: list[sqlite3.Connection] = []
+    abandoned = False
+
+    def connect() -> sqlite3.Connection:
+        connection: sqlite3.Connection = sqlite3.connect(
+            *args, **{**parameters, "check_same_thread": False}
+        )  # closed perhaps by the event loop's thread
+        with lock:
+            opened.append(connection)
+            if abandoned:
+                connection.close()
+        return connection
+
+    connection = aiosqlite.Connection(connect, iter_chunk_size=64)
+    connection._thread.daemon = True  # as SQLAlchemy does: a connection that was left open must not keep the process from ending
+    try:
+        return await connection
+    except BaseException:
+        with lock:
+            abandoned = True
+            for left in opened:
+                left.close()
+        raise
 
 
 def _milliseconds(seconds: float) -> int:
