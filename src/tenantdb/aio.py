@@ -17,9 +17,9 @@ from uuid import UUID
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from tenantdb.connections.pools import await_in_greenlet
 from tenantdb.connections.session import Pin, check_session_options
 from tenantdb.connections.threads import Threads
+from tenantdb.connections.waiting import await_in_greenlet
 from tenantdb.context import TenantContext
 from tenantdb.database import TenantDB, TenantKey
 from tenantdb.model import Tenant
@@ -103,7 +103,7 @@ class AsyncTenantDB:
         """Called by a session inside SQLAlchemy's greenlet, where a coroutine can be awaited from plain code."""
         db = self.sync_db
         record = db._registry.peek(key) or await_in_greenlet(db._lookups.arecord(key))
-        return record.tenant.id, db._engines.async_engine_of(record, key).sync_engine
+        return record.tenant.id, db._engines.loop_engine_of(record, key)
 
     # -- the installation --------------------------------------------------------------------------------------------------------------
 
@@ -111,6 +111,7 @@ class AsyncTenantDB:
     async def lifespan(self, app: Any = None) -> AsyncIterator[None]:
         """An ASGI lifespan: refuses to start without a usable registry, and closes at the end. ``FastAPI(lifespan=adb.lifespan)``."""
         await self._manage.run(self.sync_db.ping)
+        await self._manage.run(self.sync_db._compare_at_start)
         try:
             yield
         finally:
@@ -118,7 +119,7 @@ class AsyncTenantDB:
 
     async def close(self) -> None:
         """Close this event loop's connections, then the `TenantDB`. May be called twice."""
-        await self.sync_db._engines.aclose()
+        self.sync_db._engines.close_loop()
         await self._manage.run(self.sync_db.close)
         self._manage.close()
         self._work.close()

@@ -20,7 +20,7 @@ from tenantdb.connections.locate import Locator, ensure_servable
 from tenantdb.connections.lookup import Lookups
 from tenantdb.connections.session import Pin, check_session_options, pinned
 from tenantdb.context import TenantContext, pinned_key
-from tenantdb.model import NewUser, Subscription, Tenant, TenantState, User
+from tenantdb.model import BudgetStats, NewUser, Subscription, Tenant, TenantState, User
 from tenantdb.provisioning.hooks import Hooks
 from tenantdb.provisioning.lifecycle import Lifecycle
 from tenantdb.registry import Registry
@@ -29,6 +29,7 @@ from tenantdb.resolvers import tenant_key
 from tenantdb.settings import Settings
 
 if TYPE_CHECKING:
+    from tenantdb.events import Event
     from tenantdb.migrations.tenants import TenantMigrations
     from tenantdb.provisioning.check import Finding
     from tenantdb.provisioning.provisioner import Provisioner
@@ -84,7 +85,7 @@ class TenantDB:
         self._registry = Registry(engine, engine if own is None else product.registry_engine(own, self.settings), self.settings, keyring)
         self._locator = Locator(self._registry, self.settings)
         self._lookups = Lookups(self._registry)
-        self._engines = Engines(self._locator, self.settings)
+        self._engines = Engines(self._locator, self.settings, self._registry.quarantine)
         self._hooks = Hooks()
         self._lifecycle = Lifecycle(self._registry, self._engines, self._hooks)
         self._pinned: Any = pinned(cast("Any", session_class))
@@ -143,6 +144,23 @@ class TenantDB:
         Raises on entering: what `session` raises; `TenantAlreadyBound` where another tenant is bound, unless ``switch``.
         """
         return TenantContext(tenant_key(tenant), self._lookups, switch=switch)
+
+    def stats(self) -> tuple[BudgetStats, ...]:
+        """The connection budget of each database server that this process has used. From any thread; waits for nobody."""
+        return self._engines.stats()
+
+    def observe(self, observer: Callable[[Event], R]) -> Callable[[Event], R]:
+        """Call ``observer(event)`` with every record of `tenantdb.events`, in the thread or loop where it happens; it must be quick."""
+        self._engines.observe(observer)
+        return observer
+
+    def listen(self, identifier: str, listener: F) -> F:
+        """A SQLAlchemy engine or connection event on every tenant's engine, now and later: ``db.listen("before_cursor_execute", fn)``.
+
+        Tenants' engines share their listeners and come and go, so a listener given to one of them would be everybody's.
+        """
+        self._engines.listen(identifier, listener)
+        return listener
 
     def resolve(self, tenant: TenantKey) -> Tenant:
         """The tenant, if it may be served. Raises: `TenantNotFound`, `TenantSuspended`, `TenantNotReady`, `RegistryUnavailable`."""
@@ -263,6 +281,12 @@ class TenantDB:
         """Ask the registry one question. Raises: `RegistryError` and its kin, `SecretKeyError` where the keys are not the registry's."""
         self._registry.ping()
 
+    def _compare_at_start(self) -> None:
+        """Where this process has a provisioner: compare the budget with what the servers have. Raises: `ConfigError` if it is strict."""
+        from tenantdb.provisioning.check import compare_at_start
+
+        compare_at_start(self._registry, self.settings)
+
     def check(self) -> list[Finding]:
         """Look at settings, keys, registry, servers and rights, and change nothing. Problems come first; an empty list: all is well."""
         from tenantdb.provisioning.check import check
@@ -274,13 +298,13 @@ class TenantDB:
         """The tenants' schema: head, what is pending, upgrading one tenant."""
         from tenantdb.migrations.tenants import TenantMigrations
 
-        return TenantMigrations(self._registry, self._locator, self.settings)
+        return TenantMigrations(self._registry, self._engines, self.settings)
 
     @functools.cached_property
     def _provisioner(self) -> Provisioner:
         from tenantdb.provisioning.provisioner import Provisioner
 
-        return Provisioner(self._registry, self._locator, self.settings, self._hooks, self.session_class)
+        return Provisioner(self._registry, self._engines, self.settings, self._hooks, self.session_class)
 
     def close(self) -> None:
         """Close idle connections and threads; leased connections close when they come back. May be called twice."""

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+from tenantdb.model import BudgetStats
+
 
 class TenantDBError(Exception):
     """Base of every error that tenantdb raises. ``str()`` ends with the place in the docs that says more."""
@@ -356,22 +358,49 @@ class ServerStartFailed(TenantDBError):
 
 
 class BudgetExhausted(TenantError):
-    """No connection came free in time. Facts: ``tenant``, ``waited`` (seconds), ``limit`` (connections this tenant may hold)."""
+    """No connection came free in time, or the queue was full.
+
+    Facts: ``tenant``, ``waited`` (seconds), ``budget`` (a `BudgetStats` of that moment), ``held`` (tenants whose connections the same
+    thread or task was holding meanwhile), ``queue_full``.
+    """
 
     code = "budget-exhausted"
     http_status = 503
     retryable = True
     retry_after = 1
 
-    def __init__(self, tenant: str, waited: float, limit: int) -> None:
-        TenantDBError.__init__(self, tenant, waited, limit)
-        self.tenant, self.waited, self.limit = tenant, waited, limit
+    def __init__(self, tenant: str, waited: float, budget: BudgetStats, held: Sequence[str] = (), queue_full: bool = False) -> None:
+        TenantDBError.__init__(self, tenant, waited, budget, tuple(held), queue_full)
+        self.tenant, self.waited, self.budget, self.held, self.queue_full = tenant, waited, budget, tuple(held), queue_full
 
     def explain(self) -> str:
-        return (
-            f"no connection for tenant {self.tenant!r} after {self.waited:.1f} s: all {self.limit} are in use."
-            " Look for long transactions, or raise pool_size"
+        b = self.budget
+        said = f"no connection for tenant {self.tenant!r} after {self.waited:.1f} s"
+        if self.queue_full:
+            said = f"no connection for tenant {self.tenant!r}: the queue is full"
+        said += (
+            f": {b.in_use} of {b.limit} in use ({b.total} for server {b.server!r} between {b.processes} processes,"
+            f" at most {b.per_tenant} per tenant), {b.idle} idle, {b.waiting} waiting"
         )
+        if self.held:
+            said += f". Whoever asked already holds a connection of {', '.join(repr(tenant) for tenant in self.held)}: finish with it first"
+        return said + ". Look for long transactions in db.stats(), or raise Budget(connections=...) if the server has room"
+
+
+class EngineRetired(TenantError):
+    """An engine was kept while its tenant moved, was suspended or got other credentials; it connects no more."""
+
+    code = "engine-retired"
+    http_status = 503
+    retryable = True
+    retry_after = 1
+
+    def __init__(self, tenant: str) -> None:
+        TenantDBError.__init__(self, tenant)
+        self.tenant = tenant
+
+    def explain(self) -> str:
+        return f"this engine of tenant {self.tenant!r} is of the past: ask db.engine() again for each piece of work"
 
 
 class WrongDatabase(TenantError):

@@ -192,6 +192,55 @@ class AuditEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantUse:
+    """One tenant's connections in this process: held in all, of these idle, and claims that wait."""
+
+    tenant: str
+    held: int
+    idle: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetStats:
+    """The budget of one database server in this process, at one moment.
+
+    ``limit`` is this process's share of ``total`` between ``processes``. ``in_use + idle + opening + closing + detached`` never exceeds it.
+    ``opens`` to ``refusals`` count since the start, ``closes`` by reason. ``available`` is False while connects to the server are refused
+    at once. ``tenants`` are the ten that hold the most.
+    """
+
+    server: str
+    total: int
+    processes: int
+    limit: int
+    per_tenant: int
+    in_use: int
+    idle: int
+    opening: int
+    closing: int
+    detached: int
+    waiting: int
+    opens: int
+    reuses: int
+    waits: int
+    timeouts: int
+    refusals: int
+    closes: Mapping[str, int] = field(default_factory=dict)
+    available: bool = True
+    tenants: tuple[TenantUse, ...] = ()
+
+    @property
+    def held(self) -> int:
+        return self.in_use + self.idle + self.opening + self.closing + self.detached
+
+    @property
+    def evictions(self) -> int:
+        """Idle connections closed because another tenant needed the place."""
+        return self.closes.get("evicted", 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """Who makes a request, as the application's ``authenticate`` found out.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,6 +84,13 @@ class ConnectionURL:
         """Whether the host is this machine: loopback or a unix socket."""
         return is_local(self.host)
 
+    def leads_to(self, host: str | None, port: int | None) -> bool:
+        """Whether this is the server at an address, as far as names tell: every name of this machine is one."""
+        if self.backend == SQLITE:
+            return False
+        same_host = (self.is_local and is_local(host)) or (self.host or "").lower() == (host or "").lower()
+        return same_host and (self.port or 5432) == (port or 5432)
+
     def __str__(self) -> str:
         if self.backend == SQLITE:
             return f"sqlite:///{self.path}"
@@ -116,6 +124,98 @@ def _split(value: Any) -> Any:
 
 def _mapping(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """One number for all tenants: the connections that an application may hold to each database server. Seconds are seconds.
+
+    Raises: `ConfigError` for a value that cannot be, or two that contradict each other, by their names.
+    """
+
+    connections: int = 90
+    """To one server, of all processes together. 90 leaves 10 of PostgreSQL's usual 100 to superusers, backups and people."""
+    processes: int | None = None
+    """Processes that share them, workers and scripts too; each gets connections // processes. None: ``WEB_CONCURRENCY``, or else 4."""
+    per_tenant: int = 10
+    """Of one tenant in one process, at most; its CONNECTION LIMIT follows from it. Never more than the process has."""
+    acquire_timeout: float = 30.0
+    """Seconds for queueing, connecting and checking together; 0 never waits. 30 as in SQLAlchemy, psycopg_pool, HikariCP, sqlx."""
+    max_waiting: int = 10_000
+    """Who comes while so many wait is refused at once. One tenant fills half of the queue at most."""
+    idle_timeout: float = 300.0
+    """Seconds after which an idle connection is closed; 0 keeps none for long. 300 as in Rails and asyncpg."""
+    max_lifetime: float = 3600.0
+    """Seconds after which a connection is closed when it comes back, less up to a tenth by chance; 0: after each use. 3600 as in
+    psycopg_pool."""
+    check_after: float = 30.0
+    """Seconds of rest after which a connection is asked before it is used; before, a look at its socket is enough. 30 as in PgBouncer."""
+    background: int = 1
+    """Connections of each process that only background work (`TenantDB.for_each`) may use, so that it never starves. Together with
+    ``administration`` never more than half of what the process has."""
+    administration: int = 1
+    """The same for provisioning and migrations."""
+    leak_after: float = 0.0
+    """Seconds after which a lease is reported, with the place where it was taken; 0: never. Costs a stack trace for each lease."""
+    strict: bool = False
+    """Whether a budget beyond what the server has is a problem for `TenantDB.check`, and an error at start-up, rather than a warning."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("connections", 1), ("per_tenant", 1), ("max_waiting", 0), ("background", 0), ("administration", 0)):
+            self._whole(name, getattr(self, name), least)
+        if self.processes is not None:
+            self._whole("processes", self.processes, 1)
+        for name in ("acquire_timeout", "idle_timeout", "max_lifetime", "check_after", "leak_after"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ConfigError(f"budget.{name} must be a number of seconds, 0 or more")
+        if self.connections < self.share_of:
+            guessed = "" if self.processes is not None else " (not given: WEB_CONCURRENCY, or 4)"
+            raise ConfigError(
+                f"budget.connections={self.connections} cannot be shared between budget.processes={self.share_of}{guessed}:"
+                " each process needs at least one"
+            )
+
+    @staticmethod
+    def _whole(name: str, value: object, least: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"budget.{name} must be a whole number, {least} or more")
+
+    @property
+    def share_of(self) -> int:
+        """``processes``, or what the environment says. Raises: `ConfigError` where that is no number."""
+        if self.processes is not None:
+            return self.processes
+        return _web_concurrency() or _PROCESSES
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """A budget from what a setting may hold: itself, a mapping, or a JSON object. Raises: `ConfigError`, which never shows the text."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise ConfigError('budget is not JSON; write an object such as {"connections": 90, "processes": 4}') from None
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError('budget must be a Budget, or a JSON object such as {"connections": 90, "processes": 4}')
+        if odd := sorted(str(name) for name in value if name not in cls.__dataclass_fields__):
+            raise ConfigError(f"budget has no {', '.join(odd)}")
+        return cls(**value)
+
+
+_PROCESSES = 4
+
+
+def _web_concurrency() -> int | None:
+    """What gunicorn and uvicorn read as well, and likewise refuse when it is no number: with a guess the server might be overrun."""
+    told = os.environ.get("WEB_CONCURRENCY", "")
+    if not told:
+        return None
+    if not told.isdecimal() or not int(told):
+        raise ConfigError("WEB_CONCURRENCY must be a whole number, 1 or more; or give budget.processes")
+    return int(told)
 
 
 _Url = Annotated[ConnectionURL, BeforeValidator(ConnectionURL.parse)]
@@ -160,14 +260,10 @@ class Settings(BaseModel):
     """Hosts where database servers may be: names, ``.suffix`` or CIDR blocks. Empty: any."""
     temporary_tables: bool = False
     """Grant TEMP to the tenants' runtime roles, at the cost of disk that a tenant can fill."""
-    pool_size: int = Field(5, ge=1)
-    """Connections that one process keeps or opens per tenant, for threads and for each event loop."""
-    max_engines: int = Field(100, ge=1)
-    """Tenants whose idle connections one process keeps, for threads and for each event loop. One in use is never evicted."""
-    processes: int = Field(4, ge=1)
-    """Application processes that share a tenant's CONNECTION LIMIT, which is derived from it and ``pool_size`` for each new tenant."""
-    acquire_timeout: float = Field(30.0, ge=0)
-    """Seconds to wait for a connection; 0 never waits. 30 as in SQLAlchemy, psycopg_pool, HikariCP, sqlx."""
+    budget: Annotated[Budget, BeforeValidator(Budget.parse)] = Field(default_factory=Budget)
+    """How many connections to each database server all tenants together may hold; see `Budget`. In the environment as JSON."""
+    registry_pool_size: int = Field(3, ge=1)
+    """Connections that one process holds to the registry. On a server that also holds tenants they count in its budget."""
     connect_timeout: int = Field(5, ge=2)
     """Seconds until an unanswered connect fails; libpq's smallest is 2."""
     statement_timeout: float = Field(30.0, ge=0)

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import delete, update
 
 from tenantdb import Tenant, TenantDB
+from tenantdb.connections import pools
 from tenantdb.registry import tables
 from tests.conformance.app import MIGRATIONS, notes, write_marker
 from tests.conformance.colours import COLOURS, Face, MakeFace, MakeProcess
@@ -83,6 +84,12 @@ def estate(world: World) -> Estate:
 def new_estate(world: World) -> Estate:
     """An estate of the test's own, for what would spoil the shared registry."""
     return Estate(world)
+
+
+@pytest.fixture(autouse=True)
+def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test repairs is to be seen at once, not when the failure before it is forgotten; tests/chaos has the memory's own tests."""
+    monkeypatch.setattr(pools, "_TENANT_MEMORY", 0.0)
 
 
 @pytest.fixture

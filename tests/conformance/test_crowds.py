@@ -6,10 +6,12 @@ import asyncio
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 
-from tenantdb import Tenant, TenantDB, errors
+from tenantdb import Budget, Settings, Tenant, TenantDB, errors
 from tests.conformance.app import MARKER, NOTES, note
 from tests.conformance.colours import Face, MakeFace, MakeProcess
 from tests.conformance.conftest import Estate
@@ -37,8 +39,8 @@ async def test_two_hundred_concurrent_sessions_over_ten_tenants_see_each_its_own
     assert seen == [True] * 200
 
 
-@pytest.mark.parametrize("max_engines", [100, 2])
-def test_sixteen_threads_over_ten_tenants_see_each_their_own_marker(process: MakeProcess, estate: Estate, max_engines: int) -> None:
+@pytest.mark.parametrize("connections", [100, 24])
+def test_sixteen_threads_over_ten_tenants_see_each_their_own_marker(process: MakeProcess, estate: Estate, connections: int) -> None:
     def work(seed: int) -> int:
         chance = random.Random(seed)
         for _ in range(10):
@@ -49,7 +51,7 @@ def test_sixteen_threads_over_ten_tenants_see_each_their_own_marker(process: Mak
                     assert connection.scalar(MARKER) == tenant.slug
         return 10
 
-    db = process(max_engines=max_engines, pool_size=2 * 16)
+    db = process(budget=Budget(connections=connections, processes=1, per_tenant=2 * 16))
     with ThreadPoolExecutor(16) as executor:
         assert sum(executor.map(work, range(16))) == 160
 
@@ -57,45 +59,52 @@ def test_sixteen_threads_over_ten_tenants_see_each_their_own_marker(process: Mak
 def test_a_hundred_threads_that_come_first_get_one_engine(db: TenantDB, acme: Tenant) -> None:
     together = threading.Barrier(100)
 
-    def work(_: int) -> int:
+    def work(_: int) -> Engine:
         together.wait(30)
-        return id(db.engine("acme"))
+        return db.engine("acme")
 
     with ThreadPoolExecutor(100) as executor:
-        assert len(set(executor.map(work, range(100)))) == 1
+        engines = list(executor.map(work, range(100)))
+    assert all(engine is engines[0] for engine in engines)
+
+
+def small_budget(estate: Estate, connections: int, **options: Any) -> Budget:
+    """A process that may hold so many connections to tenants, all of them interactive."""
+    registry = Settings.model_fields["registry_pool_size"].default if estate.backend == "postgresql" else 0
+    return Budget(connections=connections + registry, processes=1, background=0, administration=0, **options)
 
 
 # -- eviction --------------------------------------------------------------------------------------------------------------------------
 
 
-async def test_eviction_never_breaks_a_leased_session_and_keeps_idle_connections_bounded(
+async def test_eviction_never_breaks_a_leased_session_and_the_budget_is_never_exceeded(
     make_face: MakeFace, estate: Estate, fresh: Tenant
 ) -> None:
-    face = make_face(max_engines=2)
+    face = make_face(budget=small_budget(estate, 2))
     async with face.session(fresh) as held:
         await held.execute(note(1))
         for tenant in estate.ten:
             assert await face.marker(tenant) == tenant.slug
             assert await held.scalar(MARKER) == fresh.slug
+            assert estate.world.open_connections(estate.db, [*estate.ten, fresh]) <= 2
         await held.commit()
         assert await held.scalar(MARKER) == fresh.slug
     assert await face.rows(NOTES, fresh) == [1]
-
-    idle = [*estate.ten, fresh]
-    eventually(lambda: estate.world.open_connections(estate.db, idle) <= 3)  # two engines, and the one that was leased until now
+    assert face.db.stats()[0].evictions >= 9
 
 
-async def test_more_tenants_may_be_in_use_than_idle_ones_are_kept(make_face: MakeFace, estate: Estate) -> None:
-    face = make_face(max_engines=1)
-    sessions = [face.session(tenant) for tenant in estate.ten]
-    for session, tenant in zip(sessions, estate.ten, strict=True):
+async def test_more_tenants_than_the_budget_has_connections_cannot_be_in_use(make_face: MakeFace, estate: Estate) -> None:
+    face = make_face(budget=small_budget(estate, 3, acquire_timeout=0.1))
+    sessions = [face.session(tenant) for tenant in estate.ten[:3]]
+    for session, tenant in zip(sessions, estate.ten, strict=False):
         assert await session.scalar(MARKER) == tenant.slug
-    assert estate.world.open_connections(estate.db, estate.ten) == 10
+    with pytest.raises(errors.BudgetExhausted) as caught:
+        await face.marker(estate.ten[3])
+    assert (caught.value.budget.in_use, caught.value.budget.limit) == (3, 3)
+    assert caught.value.held == tuple(tenant.slug for tenant in estate.ten[:3])
     for session in sessions:
         await session.close()
-
-    assert await face.marker(estate.ten[0]) == "ten-0"
-    eventually(lambda: estate.world.open_connections(estate.db, estate.ten) <= 2)
+    assert await face.marker(estate.ten[3]) == estate.ten[3].slug
 
 
 async def test_after_close_nothing_is_open_and_what_was_leased_closes_when_it_comes_back(
@@ -121,19 +130,19 @@ async def test_after_close_nothing_is_open_and_what_was_leased_closes_when_it_co
 async def test_a_tenant_whose_connections_are_all_in_use_is_refused_in_time(
     make_face: MakeFace, acme: Tenant, beta: Tenant, patience: float
 ) -> None:
-    face = make_face(pool_size=1, acquire_timeout=patience)
+    face = make_face(budget=Budget(per_tenant=1, acquire_timeout=patience))
     async with face.session("acme") as held:
         await held.scalar(MARKER)
         with pytest.raises(errors.BudgetExhausted) as caught:
             await face.marker("acme")
-        assert (caught.value.tenant, caught.value.limit) == ("acme", 1)
+        assert (caught.value.tenant, caught.value.budget.per_tenant) == ("acme", 1)
         assert patience <= caught.value.waited < patience + 5
         assert await face.marker("beta") == "beta"  # another tenant's crowd is none of its business
     assert await face.marker("acme") == "acme"
 
 
 async def test_who_waits_for_a_connection_gets_the_one_that_comes_back(async_face: MakeFace, acme: Tenant) -> None:
-    face = async_face(pool_size=1)
+    face = async_face(budget=Budget(per_tenant=1))
     async with face.session("acme") as held:
         await held.scalar(MARKER)
         waiting = asyncio.create_task(face.marker("acme"))
@@ -145,7 +154,7 @@ async def test_who_waits_for_a_connection_gets_the_one_that_comes_back(async_fac
 @pytest.mark.parametrize("steps", range(0, 60, 4))
 async def test_a_session_cancelled_at_any_point_gives_its_connection_back(async_face: MakeFace, acme: Tenant, steps: int) -> None:
     """C8, C22: cancelled after any number of turns of the loop, with one connection to lose."""
-    face = async_face(pool_size=1, acquire_timeout=5)
+    face = async_face(budget=Budget(per_tenant=1, acquire_timeout=5))
     task = asyncio.create_task(face.marker("acme"))
     for _ in range(steps):
         await asyncio.sleep(0)
@@ -160,7 +169,7 @@ def test_a_thread_and_event_loops_share_no_connection(db: TenantDB, acme: Tenant
         try:
             return await face.marker("acme")
         finally:
-            await db._engines.aclose()
+            db._engines.close_loop()
 
     with db.session("acme") as session:
         assert session.scalar(MARKER) == "acme"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import select, text, update
 
-from tenantdb import Tenant, errors
+from tenantdb import Budget, Tenant, errors
 from tenantdb.registry.tables import tenants
 from tests.conformance.app import NOTES, note
 from tests.conformance.colours import WAYS, Face, MakeFace
@@ -90,7 +90,7 @@ async def test_a_row_edited_to_lead_to_another_tenants_database_leads_nowhere(fa
 
 
 async def test_a_refused_connection_is_not_kept(make_face: MakeFace, estate: Estate, fresh: Tenant) -> None:
-    face = make_face(pool_size=1, acquire_timeout=1)
+    face = make_face(budget=Budget(per_tenant=1, acquire_timeout=1))
     for _ in range(3):  # with a pool of one, so that a connection that stayed would use it up
         with stamped(estate, fresh, as_whom=uuid.uuid4()), pytest.raises(errors.WrongDatabase):
             await face.marker(fresh)

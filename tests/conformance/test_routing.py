@@ -9,7 +9,7 @@ from sqlalchemy import insert, text, update
 from sqlalchemy.exc import IntegrityError, ProgrammingError, StatementError
 from sqlalchemy.orm import Session
 
-from tenantdb import Tenant, TenantDB, errors
+from tenantdb import Budget, Tenant, TenantDB, errors
 from tenantdb.registry.tables import tenants
 from tests.conformance.app import MARKER, NOTES, markers, note
 from tests.conformance.colours import WAYS, Face, MakeFace
@@ -105,7 +105,7 @@ async def test_an_error_in_a_statement_of_the_user_passes_unchanged(face: Face, 
 
 
 async def test_a_failed_statement_does_not_stay_with_the_connection(make_face: MakeFace, acme: Tenant) -> None:
-    face = make_face(pool_size=1)  # one connection, so that the next session gets the same
+    face = make_face(budget=Budget(per_tenant=1))  # one connection, so that the next session gets the same
     async with face.session("acme") as session:
         with pytest.raises((ProgrammingError, StatementError)):
             await session.execute(text("SELECT * FROM no_such_table"))
@@ -113,7 +113,7 @@ async def test_a_failed_statement_does_not_stay_with_the_connection(make_face: M
 
 
 async def test_a_transaction_left_open_is_rolled_back_before_the_connection_serves_again(make_face: MakeFace, fresh: Tenant) -> None:
-    face = make_face(pool_size=1)
+    face = make_face(budget=Budget(per_tenant=1))
     if face.adb is None:
         left_open = face.db.engine(fresh).connect()
         left_open.execute(note(1))

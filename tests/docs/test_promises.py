@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import get_args
 
 import click
 
 import tenantdb
+from tenantdb import events
 from tenantdb.backends.postgresql.inspect import MANAGED_GAPS
+from tenantdb.backends.postgresql.wire import reset_message
 from tenantdb.cli.group import cli
+from tenantdb.connections.ledger import UnitState, Work
 from tenantdb.errors import TenantDBError, all_errors
 from tenantdb.model import TRANSITIONS
 from tenantdb.provisioning.hooks import EVENTS
 from tenantdb.provisioning.steps import STEPS
 from tenantdb.registry.tables import VERSION_TABLE, metadata
-from tenantdb.settings import Settings
+from tenantdb.settings import Budget, Settings
 from tenantdb.testing import plugin
 from tests.docs.reader import DOCS, blocks, pages
 from tests.unit.test_layering import LINE
@@ -43,15 +48,25 @@ def documented_default(name: str) -> str:
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)
+    return shown(default)
+
+
+def shown(default: object) -> str:
     if default in (None, (), {}):
         return "none"
-    return f"`{default}`"
+    return "`Budget()`" if default == Budget() else f"`{default}`"
 
 
 def test_every_setting_has_its_row_with_its_variable_and_its_default() -> None:
     documented = {row[0].strip("`"): (row[1], row[2]) for row in rows("reference/settings.md", columns=4)}
 
     assert documented == {name: (f"`TENANTDB_{name.upper()}`", documented_default(name)) for name in Settings.model_fields}
+
+
+def test_every_field_of_the_budget_has_its_row_with_its_default() -> None:
+    documented = {row[0].strip("`"): row[1] for row in rows("reference/settings.md", columns=3)}
+
+    assert documented == {field.name: shown(field.default) for field in dataclasses.fields(Budget)}
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------------------------
@@ -92,6 +107,34 @@ def test_the_drawing_of_the_lifecycle_is_the_table_of_transitions() -> None:
     drawn = set(re.findall(r"^\s*(\w+) --> (\w+)", drawing, re.MULTILINE))
 
     assert drawn == {(str(here), str(there)) for here, wanted in TRANSITIONS.items() for there in wanted}
+
+
+def test_the_drawing_of_a_units_states_has_them_all() -> None:
+    drawing = next(block.text for block in blocks("explanation/budget.md") if "stateDiagram" in block.text)
+    drawn = {name for pair in re.findall(r"^\s*(\S+) --> (\S+)", drawing, re.MULTILINE) for name in pair} - {"[*]"}
+
+    assert drawn == {str(state) for state in UnitState} - {"gone"}
+
+
+def test_the_classes_of_work_are_listed() -> None:
+    listed = re.findall(r"^\| (\w+) \|", text("explanation/budget.md"), re.MULTILINE)
+
+    assert [name for name in listed if name.upper() in Work.__members__] == [work.name.lower() for work in Work]
+
+
+def test_what_the_reset_undoes_is_said_in_the_words_that_are_sent() -> None:
+    page = prose("explanation/budget.md")
+    sent = reset_message(rollback=True, temporary=True, prepared=True).decode().split("; ")
+
+    places = [page.find(f"`{statement}`") for statement in sent]
+
+    assert -1 not in places and places == sorted(places)
+
+
+def test_the_events_of_connections_are_listed() -> None:
+    listed = {name for row in rows("howto/logging.md", columns=2) for name in re.findall(r"`([A-Z]\w+)`", row[0])}
+
+    assert listed == {event.__name__ for event in get_args(events.Event)}
 
 
 def test_the_registrys_tables_are_listed() -> None:

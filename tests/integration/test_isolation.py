@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from tenantdb import Tenant, TenantDB
+from tenantdb import Budget, Tenant, TenantDB
 from tenantdb.model import DatabaseRole
 from tests.integration.cluster import PROVISIONER, PROVISIONER_PASSWORD, Cluster, Login, Scripts, ask, login
 
@@ -299,8 +299,8 @@ def test_a_tenant_that_changes_its_own_settings_does_not_change_the_applications
 
 
 def test_a_tenant_that_takes_all_its_connections_takes_none_of_the_others(world: World) -> None:
-    narrow = {"hardening": world.db.settings.hardening, "migrations": str(world.scripts), "pool_size": 1, "processes": 1}
-    with world.cluster.tenantdb(world.registry, **narrow) as db, ExitStack() as held:
+    narrow = {"hardening": world.db.settings.hardening, "migrations": str(world.scripts)}
+    with world.cluster.tenantdb(world.registry, budget=Budget(per_tenant=1, processes=1), **narrow) as db, ExitStack() as held:
         flood = login(world.cluster, db, db.provision("floods"), RUNTIME)
         url = world.cluster.server.url(flood.name, flood.password, flood.database)
         with pytest.raises(psycopg.OperationalError, match="too many connections for role"):
@@ -309,6 +309,7 @@ def test_a_tenant_that_takes_all_its_connections_takes_none_of_the_others(world:
 
         assert world.attacker(RUNTIME).ask("SELECT 1") == [(1,)]
         assert db.migrations.upgrade("floods").slug == "floods"  # the owner role's limit is its own
+        world.cluster.sql(f"ALTER ROLE {flood.name} CONNECTION LIMIT 44")  # `check` warns of a limit that is narrower than the budget
 
 
 def test_nothing_that_every_role_can_see_names_a_tenant(world: World) -> None:

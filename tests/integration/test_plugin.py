@@ -42,7 +42,7 @@ def tenant_db_app():
 
 @pytest.fixture(scope="session")
 def tenant_db_settings():
-    return {"pool_size": 3}
+    return {"registry_pool_size": 2}
 """
 ENVIRONMENT = """
 from application import Base, db
@@ -76,7 +76,7 @@ def test_and_so_is_the_next(tenant_db, tenant):
     assert names(tenant_db, tenant) == [tenant.slug]
 
 def test_settings_and_session_are_the_applications(tenant_db, tenant_session):
-    assert tenant_db.settings.pool_size == 3
+    assert tenant_db.settings.registry_pool_size == 2
     assert isinstance(tenant_session, Ours)
     assert tenant_session.autoflush is False
 """

@@ -14,11 +14,32 @@ from sqlalchemy.exc import IntegrityError
 
 from tenantdb import errors
 from tenantdb.errors import TenantDBError, all_errors, describe
+from tenantdb.model import BudgetStats, TenantUse
 
+STATS = BudgetStats(
+    server="default",
+    total=91,
+    processes=4,
+    limit=22,
+    per_tenant=10,
+    in_use=17,
+    idle=5,
+    opening=0,
+    closing=0,
+    detached=0,
+    waiting=33,
+    opens=120,
+    reuses=9000,
+    waits=600,
+    timeouts=1,
+    refusals=0,
+    closes={"evicted": 98},
+    tenants=(TenantUse("acme", 10, 0, 33),),
+)
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     TenantDBError: ("something", "happened"),
-    errors.ConfigError: ("pool_size is wrong",),
+    errors.ConfigError: ("cache_size is wrong",),
     errors.SecretKeyError: ("there is none",),
     errors.InsecureTransport: ("db1.example", "sslmode=disable"),
     errors.RegistryError: ("it cannot serve",),
@@ -41,7 +62,8 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.MigrationError: ("there is no env.py",),
     errors.ServerUnavailable: ("default", "nothing listens there"),
     errors.ServerStartFailed: ("it ended", ("line 1", "line 2")),
-    errors.BudgetExhausted: ("acme", 30.02, 5),
+    errors.BudgetExhausted: ("acme", 30.02, STATS, ("globex",), False),
+    errors.EngineRetired: ("acme",),
     errors.WrongDatabase: ("acme", "another stamp"),
     errors.ContextError: ("a bug",),
     errors.NoTenantBound: (),
@@ -85,7 +107,7 @@ def test_an_error_says_its_facts_and_ends_with_the_place_in_the_docs(kind: type[
     assert text.endswith(f"(docs: errors#{kind.code})")
     assert error.explain() in text and error.explain()
     for fact in ARGUMENTS[kind]:
-        for part in [fact] if isinstance(fact, (str, int)) else fact if isinstance(fact, tuple) else []:
+        for part in [fact] if isinstance(fact, (str, int)) and not isinstance(fact, bool) else fact if isinstance(fact, tuple) else []:
             assert str(part) in text
 
 
@@ -115,6 +137,7 @@ def test_an_error_has_a_status_and_says_when_to_come_back_only_where_that_can_he
         (errors.TenantSuspended, 403),
         (errors.TenantNotReady, 503),
         (errors.BudgetExhausted, 503),
+        (errors.EngineRetired, 503),
         (errors.ServerUnavailable, 503),
         (errors.RegistryUnavailable, 503),
         (errors.WrongDatabase, 503),
@@ -126,6 +149,30 @@ def test_an_error_has_a_status_and_says_when_to_come_back_only_where_that_can_he
 )
 def test_the_statuses_are_the_designs(kind: type[TenantDBError], status: int) -> None:
     assert kind.http_status == status
+
+
+def test_an_exhausted_budget_shows_both_numbers_and_everything_that_tells_a_leak_from_a_crowd() -> None:
+    error = errors.BudgetExhausted("acme", 30.02, STATS)
+
+    text = str(error)
+
+    assert "after 30.0 s" in text
+    assert "17 of 22 in use (91 for server 'default' between 4 processes, at most 10 per tenant), 5 idle, 33 waiting" in text
+    assert "Budget(connections=...)" in text
+    assert error.held == () and "already holds" not in text
+
+
+def test_an_exhausted_budget_names_what_the_one_who_asked_holds_already() -> None:
+    error = errors.BudgetExhausted("acme", 0.5, STATS, ["globex", "initech"])
+
+    assert error.held == ("globex", "initech")
+    assert "already holds a connection of 'globex', 'initech': finish with it first" in str(error)
+
+
+def test_a_full_queue_is_told_from_a_long_wait() -> None:
+    error = errors.BudgetExhausted("acme", 0.0, STATS, queue_full=True)
+
+    assert "the queue is full" in str(error) and "after 0.0 s" not in str(error)
 
 
 def test_unknown_not_servable_and_out_of_reach_are_three_errors() -> None:

@@ -48,6 +48,8 @@ def test_the_look_at_loaded_modules_sees_what_an_adapter_loads() -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(tenantdb.__all__) == [
         "AsyncTenantDB",
+        "Budget",
+        "BudgetStats",
         "Identity",
         "MemberRole",
         "Membership",

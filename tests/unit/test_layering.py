@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "tenantdb"
 # From left to right. Within one place the order is free, as long as there is no circle.
 LINE: tuple[tuple[str, ...], ...] = (
     ("model",),
-    ("errors",),
+    ("errors", "events", "forking"),
     ("settings", "context", "requests", "tokens", "resolvers"),
     ("backends",),
     ("registry",),

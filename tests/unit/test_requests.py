@@ -8,7 +8,14 @@ import pytest
 
 from tenantdb import errors
 from tenantdb.errors import ConfigError, InvalidPath, InvalidToken, TenantDBError
+from tenantdb.model import BudgetStats
 from tenantdb.requests import ExemptRoutes, Facts, bearer_token, check_path, host_name, problem_for
+
+STATS = BudgetStats(
+    server="default",
+    **dict.fromkeys(["total", "processes", "limit", "per_tenant", "in_use", "idle", "opening", "closing", "detached", "waiting"], 1),
+    **dict.fromkeys(["opens", "reuses", "waits", "timeouts", "refusals"], 1),
+)
 
 # -- paths (P1 to P6) ------------------------------------------------------------------------------------------------------------------
 
@@ -201,11 +208,11 @@ def examples() -> list[TenantDBError]:
     """Every error of the tree, filled with a canary where it takes a text."""
     found: list[TenantDBError] = []
     for kind in errors.all_errors():
-        for arguments in ((), (CANARY,), (CANARY, CANARY), (CANARY, CANARY, CANARY), (CANARY, 1.0, 1)):
+        for arguments in ((), (CANARY,), (CANARY, CANARY), (CANARY, CANARY, CANARY), (CANARY, 1.0, STATS)):
             try:
                 error = kind(*arguments)
                 str(error)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, AttributeError):
                 continue
             found.append(error)
             break
@@ -260,7 +267,7 @@ def test_a_suspended_tenant_is_not_hidden_from_its_own_members() -> None:
     ("error", "status", "retry_after"),
     [
         (errors.TenantNotReady("acme", "provisioning"), 503, "5"),
-        (errors.BudgetExhausted("acme", 1.0, 5), 503, "1"),
+        (errors.BudgetExhausted("acme", 1.0, STATS), 503, "1"),
         (errors.RegistryUnavailable("x"), 503, "5"),
         (errors.WrongDatabase("acme", "x"), 503, "30"),
         (errors.OperationInProgress("acme"), 409, "5"),

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import pickle
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sqlalchemy.engine import URL
 
-from tenantdb import Settings, TenantDB
+from tenantdb import Budget, Settings, TenantDB
 from tenantdb.backends.postgresql.connect import session_options
 from tenantdb.errors import ConfigError, InsecureTransport, SecretKeyError
 from tenantdb.registry.secrets import generate_key
@@ -53,14 +54,19 @@ def postgresql(**values: Any) -> Settings:
         ("hardening", "none"),
         ("insecure_transport", "perhaps"),
         ("temporary_tables", 2),
-        ("pool_size", 0),
-        ("pool_size", "many"),
-        ("pool_size", 2.5),
-        ("max_engines", 0),
-        ("processes", 0),
-        ("acquire_timeout", -1),
-        ("acquire_timeout", float("nan")),
-        ("acquire_timeout", float("inf")),
+        ("budget", "{not json"),
+        ("budget", "7"),
+        ("budget", "null"),
+        ("budget", None),
+        ("budget", 90),
+        ("budget", [("connections", 90)]),
+        ("registry_pool_size", 0),
+        ("registry_pool_size", "many"),
+        ("registry_pool_size", 2.5),
+        ("pool_size", 5),  # gone
+        ("max_engines", 100),
+        ("processes", 4),
+        ("acquire_timeout", 30),
         ("connect_timeout", 1),
         ("statement_timeout", -0.1),
         ("statement_timeout", float("inf")),
@@ -83,8 +89,7 @@ def test_a_bad_value_is_refused_by_its_name(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("pool_size", 1),
-        ("acquire_timeout", 0),
+        ("registry_pool_size", 1),
         ("connect_timeout", 2),
         ("statement_timeout", 0),
         ("lock_timeout", 0),
@@ -107,7 +112,7 @@ def test_a_limit_shorter_than_a_millisecond_is_a_limit_still() -> None:
 
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        Settings(url=SQLITE).pool_size = 7  # type: ignore[misc]
+        Settings(url=SQLITE).cache_size = 7  # type: ignore[misc]
 
 
 def test_one_server_and_several_are_refused_together_by_both_names() -> None:
@@ -132,6 +137,105 @@ def test_where_databases_are_made_is_given_by_server_by_servers_or_by_the_folder
     assert postgresql().provisioners == {}
     assert list(postgresql(server="postgresql://prov@localhost/postgres").provisioners) == ["default"]
     assert list(postgresql(servers={"eu": "postgresql://prov@localhost/postgres"}).provisioners) == ["eu"]
+
+
+# -- the budget ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_web_concurrency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WEB_CONCURRENCY", raising=False)
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "90", True, None, float("nan")])
+@pytest.mark.parametrize("name", ["connections", "per_tenant", "max_waiting", "background", "administration"])
+def test_what_is_counted_in_a_budget_is_a_whole_number(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"budget\.{name} must be a whole number"):
+        Budget(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["connections", "processes", "per_tenant"])
+def test_a_budget_without_a_connection_a_process_or_room_for_a_tenant_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"budget\.{name} must be a whole number, 1 or more"):
+        Budget(**{name: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-0.1, "30", True, None, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["acquire_timeout", "idle_timeout", "max_lifetime", "check_after", "leak_after"])
+def test_what_is_measured_in_a_budget_is_seconds(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"budget\.{name} must be a number of seconds"):
+        Budget(**{name: value})
+
+
+def test_the_smallest_budget_is_taken() -> None:
+    nothing = {"max_waiting": 0, "background": 0, "administration": 0}
+    seconds = dict.fromkeys(("acquire_timeout", "idle_timeout", "max_lifetime", "check_after", "leak_after"), 0)
+
+    smallest = Budget(connections=1, processes=1, per_tenant=1, **nothing, **seconds)  # type: ignore[arg-type]
+
+    assert Settings(url=SQLITE, budget=smallest).budget is smallest
+
+
+def test_a_budget_cannot_be_changed_and_survives_a_trip_to_another_process() -> None:
+    budget = Budget(connections=40)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        budget.connections = 41  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Budget(40)  # type: ignore[misc]
+
+    assert pickle.loads(pickle.dumps(budget)) == copy.deepcopy(budget) == budget != Budget()
+
+
+def test_a_budget_is_given_as_itself_as_a_mapping_or_as_json() -> None:
+    given = {"connections": 40, "processes": 2, "strict": True}
+    for value in (Budget(**given), given, json.dumps(given)):  # type: ignore[arg-type]
+        assert Settings(url=SQLITE, budget=value).budget == Budget(connections=40, processes=2, strict=True)
+
+
+@pytest.mark.parametrize("value", [{"conections": 90}, '{"conections": 90}'])
+def test_a_field_that_a_budget_does_not_have_is_named(value: Any) -> None:
+    with pytest.raises(ConfigError, match="budget has no conections"):
+        Settings(url=SQLITE, budget=value)
+
+
+def test_bad_json_is_refused_with_an_example_of_what_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENANTDB_URL", SQLITE)
+    for text, problem in (("connections=90", "budget is not JSON"), ("", "budget is not JSON"), ("[90]", "budget must be a Budget")):
+        monkeypatch.setenv("TENANTDB_BUDGET", text)
+        with pytest.raises(ConfigError, match=problem) as caught:
+            Settings.from_env()
+        assert '{"connections": 90, "processes": 4}' in str(caught.value)
+
+
+def test_fewer_connections_than_processes_are_refused_by_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Budget(connections=4, processes=4).share_of == 4
+    with pytest.raises(ConfigError, match=r"budget\.connections=3 .* budget\.processes=4: each"):
+        Budget(connections=3, processes=4)
+    with pytest.raises(ConfigError, match=r"budget\.connections=3 .* budget\.processes=4 \(not given: WEB_CONCURRENCY, or 4\)"):
+        Budget(connections=3)
+    monkeypatch.setenv("WEB_CONCURRENCY", "100")
+    with pytest.raises(ConfigError, match=r"budget\.connections=90 .* budget\.processes=100 \(not given: WEB_CONCURRENCY"):
+        Budget()
+
+
+@pytest.mark.parametrize(("told", "processes"), [(None, 4), ("", 4), ("1", 1), ("8", 8)])
+def test_how_many_processes_share_it_is_what_web_servers_are_told(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, processes: int
+) -> None:
+    if told is not None:
+        monkeypatch.setenv("WEB_CONCURRENCY", told)
+
+    assert Budget().share_of == processes
+    assert Budget(processes=2).share_of == 2
+
+
+@pytest.mark.parametrize("told", ["auto", "0", "-1", "2.5", " "])
+def test_a_number_of_processes_that_is_none_is_not_guessed_at(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", told)
+
+    with pytest.raises(ConfigError, match=r"WEB_CONCURRENCY must be a whole number, 1 or more; or give budget\.processes"):
+        Budget()
+    assert Budget(processes=2).share_of == 2
 
 
 # -- URLs ------------------------------------------------------------------------------------------------------------------------------
@@ -290,27 +394,36 @@ def test_settings_come_from_the_environment_and_arguments_win(monkeypatch: pytes
         "SERVERS": json.dumps({"eu": "postgresql://prov@localhost/postgres"}),
         "SECRET_KEYS": f"{KEY}, {KEY}",
         "ALLOWED_HOSTS": '["localhost", ".example"]',
-        "POOL_SIZE": "7",
+        "REGISTRY_POOL_SIZE": "7",
         "INSECURE_TRANSPORT": "true",
-        "ACQUIRE_TIMEOUT": "0.5",
+        "BUDGET": '{"connections": 40, "processes": 2, "acquire_timeout": 0.5}',
         "HARDENING": "managed",
         "MIGRATIONS": "clinic:migrations",
     }
     for name, value in given.items():
         monkeypatch.setenv(f"TENANTDB_{name}", value)
     monkeypatch.setenv("TENANTDB_UNKNOWN", "is no setting of this version")
-    found = Settings.from_env(max_engines=3, pool_size=8)
+    found = Settings.from_env(cache_size=3, registry_pool_size=8)
     assert found.url.username == "app"
     assert list(found.servers) == ["eu"]
     assert [key.get_secret_value() for key in found.secret_keys] == [KEY, KEY]
     assert found.allowed_hosts == ("localhost", ".example")
-    assert (found.pool_size, found.max_engines, found.acquire_timeout) == (8, 3, 0.5)
+    assert (found.registry_pool_size, found.cache_size) == (8, 3)
+    assert found.budget == Budget(connections=40, processes=2, acquire_timeout=0.5)
     assert (found.insecure_transport, found.hardening, found.migrations) == (True, "managed", "clinic:migrations")
-    assert TenantDB.from_env(pool_size=2).settings.pool_size == 2
+    assert TenantDB.from_env(budget=Budget(connections=7, processes=1)).settings.budget.connections == 7
 
 
 def test_the_environment_reads_every_setting_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = {"pool_size": "many", "cache_ttl": "9", "hardening": "none", "servers": "{", "secret_keys": "[", "connect_timeout": "1"}
+    bad = {
+        "registry_pool_size": "many",
+        "budget": "{",
+        "cache_ttl": "9",
+        "hardening": "none",
+        "servers": "{",
+        "secret_keys": "[",
+        "connect_timeout": "1",
+    }
     for name, value in bad.items():
         with monkeypatch.context() as patch:
             patch.setenv("TENANTDB_URL", SQLITE)
@@ -347,7 +460,11 @@ def test_no_password_and_no_key_shows_in_any_rendering() -> None:
     "values",
     [
         {"url": POSTGRESQL},
-        {"url": POSTGRESQL, "secret_keys": [KEY], "pool_size": 0},
+        {"url": POSTGRESQL, "secret_keys": [KEY], "registry_pool_size": 0},
+        {"url": POSTGRESQL, "secret_keys": [KEY], "budget": f'{{"connections": "{CANARY}'},
+        {"url": POSTGRESQL, "secret_keys": [KEY], "budget": f'{{"connections": "{CANARY}"}}'},
+        {"url": POSTGRESQL, "secret_keys": [KEY], "budget": f'"{CANARY}"'},
+        {"url": POSTGRESQL, "secret_keys": [KEY], "budget": CANARY},
         {"url": POSTGRESQL, "secret_keys": [KEY], "registry_admin": SQLITE},
         {"url": POSTGRESQL, "secret_keys": [KEY], "allowed_hosts": ["db9"]},
         {"url": POSTGRESQL, "secret_keys": [KEY], CANARY: POSTGRESQL},

@@ -6,7 +6,6 @@ import uuid
 from typing import Any, cast
 
 import pytest
-from sqlalchemy.pool import NullPool
 
 from tenantdb.backends import Location
 from tenantdb.backends.postgresql import PostgreSQL
@@ -78,10 +77,11 @@ def test_a_pooler_on_this_machine_does_not_take_tls_from_the_way_to_the_server(
         asked.append(arguments)
         raise Looked
 
-    monkeypatch.setattr("psycopg.connect", look)
+    monkeypatch.setattr("tenantdb.backends.postgresql.wire.connect", look)
+    dialect = PostgreSQL().template(settings(), is_async=False).dialect
     for role in DatabaseRole:
         with pytest.raises(Looked):
-            PostgreSQL().engine(location(role, **address), settings(), poolclass=NullPool).connect()
+            PostgreSQL().open(dialect, location(role, **address), settings(), timeout=5)
         assert (asked[-1]["host"], asked[-1]["port"]) == (far if role is remote else near)
         assert (SAFE.items() <= asked[-1].items()) == (role is remote)
 

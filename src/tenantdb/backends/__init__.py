@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from tenantdb.backends.base import Backend, FoundDatabase, Location, Workshop
+from typing import TYPE_CHECKING
+
+from tenantdb.backends.base import ConnectFailed, FailureClass, FoundDatabase, Location
 from tenantdb.errors import ConfigError
 from tenantdb.settings import POSTGRESQL, SQLITE
 
-__all__ = ["Backend", "FoundDatabase", "Location", "Workshop", "backend"]
+if TYPE_CHECKING:
+    from tenantdb.backends.protocols import Backend, Wire, Workshop
+
+__all__ = ["Backend", "ConnectFailed", "FailureClass", "FoundDatabase", "Location", "Wire", "Workshop", "backend"]
 
 
 def backend(name: str) -> Backend:

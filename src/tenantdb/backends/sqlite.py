@@ -22,11 +22,11 @@ from uuid import UUID
 from pydantic import SecretStr
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool, Pool, QueuePool
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.pool import NullPool, QueuePool
 
-from tenantdb.backends.base import FoundDatabase, Location, ServerReport
-from tenantdb.errors import ConfigError, RegistryNotInitialized, ServerUnavailable, WrongDatabase
+from tenantdb.backends.base import ConnectFailed, FailureClass, FoundDatabase, Location, ServerReport
+from tenantdb.errors import ConfigError, RegistryNotInitialized, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.settings import SQLITE, ConnectionURL, Settings
 
@@ -39,26 +39,39 @@ class SQLite:
 
     name = SQLITE
 
-    def engine(self, location: Location, settings: Settings, *, poolclass: type[Pool], **pool_options: Any) -> Engine:
-        path = database_path(location.server, location.tenant)
-        engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=poolclass, hide_parameters=True, **pool_options)
-        self._prepare(engine, path, settings, location)
-        return engine
-
-    def async_engine(self, location: Location, settings: Settings, *, poolclass: type[Pool], **pool_options: Any) -> AsyncEngine:
-        path = database_path(location.server, location.tenant)
-        url = URL.create("sqlite+aiosqlite", database=str(path))
+    def template(self, settings: Settings, *, is_async: bool) -> Engine:
+        driver = "sqlite+aiosqlite" if is_async else "sqlite"
         try:
-            engine = create_async_engine(url, poolclass=poolclass, hide_parameters=True, **pool_options)
+            engine = create_engine(f"{driver}://", poolclass=NullPool, hide_parameters=True)
         except ModuleNotFoundError:
             raise ConfigError("asyncio on SQLite needs aiosqlite: pip install 'tenantdb[sqlite]'") from None
-        self._prepare(engine.sync_engine, path, settings, location)
+        _send_begin(engine)
         return engine
+
+    def url(self, location: Location) -> URL:
+        return URL.create("sqlite", database=str(database_path(location.server, location.tenant)))
+
+    def open(self, dialect: Dialect, location: Location, settings: Settings, *, timeout: float) -> Any:
+        path = database_path(location.server, location.tenant)
+        if not path.exists():
+            raise ConnectFailed(FailureClass.TENANT, "the tenant's database file is missing")
+        arguments: dict[str, Any] = {"uri": True, "check_same_thread": False}
+        if dialect.is_async:
+            arguments["async_creator_fn"] = _open_in_thread
+        try:
+            connection = dialect.connect(_existing(path), **arguments)
+        except sqlite3.OperationalError as error:
+            raise ConnectFailed(FailureClass.TENANT, "the tenant's database file cannot be opened") from error
+        _configure(connection, settings, location)
+        return connection
+
+    def wire(self, dialect: Dialect, connection: Any) -> FileWire:
+        return FileWire(connection, dialect.get_driver_connection(connection), is_async=dialect.is_async)
 
     def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
         path = Path(url.path or "").absolute()
         engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=QueuePool, hide_parameters=True)
-        self._prepare(engine, path, settings, None)
+        self._prepare(engine, path, settings)
         return engine
 
     def prepare_registry(self, url: ConnectionURL) -> None:
@@ -78,7 +91,7 @@ class SQLite:
             path = Path(folder) / "scratch.sqlite3"
             path.touch()
             engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool)
-            self._prepare(engine, path, settings, None)
+            self._prepare(engine, path, settings)
             try:
                 yield engine
             finally:
@@ -89,45 +102,106 @@ class SQLite:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         return ServerReport() if os.access(existing, os.W_OK) else ServerReport([f"the folder {str(folder)!r} cannot be written"])
 
-    def _prepare(self, engine: Engine, path: Path, settings: Settings, location: Location | None) -> None:
-        target = f"file:{quote(str(path))}?mode=rw"
-        migrating = location is not None and location.role is DatabaseRole.OWNER
+    def _prepare(self, engine: Engine, path: Path, settings: Settings) -> None:
+        """An engine on a file that is no tenant's."""
 
         @event.listens_for(engine, "do_connect")
         def open_existing(dialect: Any, record: Any, cargs: list[Any], cparams: dict[str, Any]) -> None:
             if not path.exists():
-                if location is None:
-                    raise RegistryNotInitialized
-                raise ServerUnavailable(location.server.name, "the tenant's database file is missing")
-            cargs[:] = [target]
+                raise RegistryNotInitialized
+            cargs[:] = [_existing(path)]
             cparams["uri"] = True
-            if dialect.is_async:
-                cparams["async_creator_fn"] = _open_in_thread
 
         @event.listens_for(engine, "connect")
         def configure(dbapi_connection: Any, record: Any) -> None:
-            dbapi_connection.isolation_level = None  # we send BEGIN ourselves
-            cursor = dbapi_connection.cursor()
-            try:
-                try:
-                    cursor.execute(f"PRAGMA busy_timeout={_milliseconds(settings.lock_timeout)}")
-                    # A batch migration rebuilds tables, and with enforcement on dropping the old one would delete or refuse what refers
-                    # to it. The switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
-                    cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")
-                    cursor.execute("PRAGMA synchronous=NORMAL")  # in WAL mode safe against a crash of the process
-                    if location is not None:
-                        _check_identity(cursor, location.tenant)
-                finally:
-                    cursor.close()
-            except BaseException:
-                dbapi_connection.close()
-                raise
+            _configure(dbapi_connection, settings, None)
 
-        @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            options = connection.get_execution_options()
-            if options.get("isolation_level") != "AUTOCOMMIT":
-                connection.exec_driver_sql(f"BEGIN {options.get('tenantdb_begin', 'DEFERRED')}")
+        _send_begin(engine)
+
+
+class FileWire:
+    """A file that is handed over from one user to the next: SQLAlchemy's rollback is all there is to undo."""
+
+    __slots__ = ("_connection", "_driver", "_is_async")
+
+    def __init__(self, connection: Any, driver: Any, *, is_async: bool) -> None:
+        self._connection = connection
+        self._driver = driver
+        self._is_async = is_async
+
+    def defer(self) -> None:
+        """The rollback costs no round trip, so it happens at once."""
+
+    def send_reset(self) -> bool:
+        return True
+
+    def settled(self) -> bool | None:
+        return True
+
+    def settle(self, timeout: float) -> Any:
+        return self.ping(timeout)
+
+    def ping(self, timeout: float) -> Any:
+        return _true() if self._is_async else True
+
+    def finish(self) -> int | None:
+        if self._is_async:
+            # Its own thread closes the file. Called where a loop runs, `stop` would have it report to that loop, which may be gone by then.
+            stopping = threading.Thread(target=self._driver.stop, daemon=True)
+            stopping.start()
+            stopping.join()
+        else:
+            self._connection.close()
+        return None
+
+    def disown(self) -> object:
+        inherited = (self._connection, self._driver)
+        self._connection, self._is_async = _Nothing, False
+        return inherited
+
+
+class _Nothing:
+    """In the place of what belongs to the parent process."""
+
+    @staticmethod
+    def close() -> None: ...
+
+
+async def _true() -> bool:
+    return True
+
+
+def _existing(path: Path) -> str:
+    return f"file:{quote(str(path))}?mode=rw"
+
+
+def _configure(connection: Any, settings: Settings, location: Location | None) -> None:
+    """Once per connection, before any statement of the application. Raises: `WrongDatabase`, and closes the connection then."""
+    migrating = location is not None and location.role is DatabaseRole.OWNER
+    connection.isolation_level = None  # we send BEGIN ourselves
+    try:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(f"PRAGMA busy_timeout={_milliseconds(settings.lock_timeout)}")
+            # A batch migration rebuilds tables, and with enforcement on dropping the old one would delete or refuse what refers to it. The
+            # switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
+            cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")
+            cursor.execute("PRAGMA synchronous=NORMAL")  # in WAL mode safe against a crash of the process
+            if location is not None:
+                _check_identity(cursor, location.tenant)
+        finally:
+            cursor.close()
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _send_begin(engine: Engine) -> None:
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        options = connection.get_execution_options()
+        if options.get("isolation_level") != "AUTOCOMMIT":
+            connection.exec_driver_sql(f"BEGIN {options.get('tenantdb_begin', 'DEFERRED')}")
 
 
 async def _open_in_thread(*args: Any, **parameters: Any) -> Any:

@@ -52,6 +52,7 @@ def worker(invocation: Invocation, once: bool) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("tenantdb").setLevel(logging.INFO)
     db = invocation.database()
+    db._compare_at_start()
     failed_before = {tenant.id for tenant in db.tenants.list(TenantState.FAILED)}
     if once:
         done = db.work()

@@ -8,6 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from tenantdb.connections.engines import working
+from tenantdb.connections.ledger import Work
 from tenantdb.context import bind
 from tenantdb.model import Tenant, TenantState
 from tenantdb.registry import Registry
@@ -34,7 +36,7 @@ def for_each(registry: Registry, fn: Callable[[Tenant], R], *, state: TenantStat
     failed: dict[str, Exception] = {}
 
     def run(tenant: Tenant) -> R:
-        with bind(tenant, switch=True):
+        with working(Work.BACKGROUND), bind(tenant, switch=True):
             return fn(tenant)
 
     def settle(done: set[Future[R]]) -> None:

@@ -1,186 +1,283 @@
-"""A bounded number of engines, one per (tenant, generation, role, lane), made on demand.
+"""From a tenant's record to an engine, and the budgets that all engines draw on.
 
-A lane is "threads", or one event loop: a connection never changes lane. Within a lane the least recently used engine that nobody leases
-from is retired when there are too many; one that is leased from is never evicted, so their number may exceed the bound while they are all
-busy.
+An engine is a small object over a template's dialect, listeners and compiled cache; the template exists once per server and driver. An
+engine is kept for as long as somebody holds it or its tenant has connections: making one takes microseconds, so nothing is kept for a
+tenant without any. There is one per (tenant, generation, role, lane); a lane is "threads", or one event loop, and no connection ever
+changes lane.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool
 
 from tenantdb.backends import Location, backend
+from tenantdb.connections.budget import ServerBudget
+from tenantdb.connections.ledger import Work
 from tenantdb.connections.locate import Locator, ensure_servable
-from tenantdb.connections.pools import AsyncTenantPool, TenantPool
-from tenantdb.model import DatabaseRole
+from tenantdb.connections.pools import WORK, Source, TenantPool
+from tenantdb.connections.reaper import Reaper
+from tenantdb.connections.share import limits_of
+from tenantdb.connections.sqla import TenantEngine
+from tenantdb.errors import WrongDatabase
+from tenantdb.forking import follow
+from tenantdb.model import BudgetStats, DatabaseRole, Server, Tenant
 from tenantdb.registry.records import TenantRecord
 from tenantdb.settings import Settings
 
-E = TypeVar("E", bound=Engine | AsyncEngine)
-_Key = tuple[UUID, int, DatabaseRole]
+if TYPE_CHECKING:
+    from tenantdb.events import Event
+
+logger = logging.getLogger("tenantdb.connections")
+
+Lane = asyncio.AbstractEventLoop | None
+"""An event loop, or None for the threads."""
 
 
-class Lane(Generic[E]):
-    """The engines of the threads, or of one event loop, least recently used first."""
+class _OnServer:
+    """What the engines on one server share."""
 
-    def __init__(self, limit: int, pool_of: Callable[[E], Any]) -> None:
-        self._limit = limit
-        self._pool_of = pool_of
-        self._engines: OrderedDict[_Key, E] = OrderedDict()
-        self._lock = threading.Lock()
-        self.retiring: set[Any] = set()  # tasks that close connections of an event loop
-
-    def get(self, key: _Key, make: Callable[[], E]) -> E:
-        engine = self._engines.get(key)
-        if engine is not None:
-            with self._lock, contextlib.suppress(KeyError):  # evicted in between: it still works, and closes what comes back
-                self._engines.move_to_end(key)
-            if len(self._engines) > self._limit:  # more were busy at once than may be kept, and some may be idle by now
-                self._trim(key)
-            return engine
-        made = make()  # opens nothing, so making one too many is harmless; reading secrets under the lock would not be
-        with self._lock:
-            engine = self._engines.setdefault(key, made)
-            self._engines.move_to_end(key)
-        self._trim(key)
-        return engine
-
-    def _trim(self, newest: _Key) -> None:
-        with self._lock:
-            victims = self._choose_victims(newest)
-        for victim in victims:
-            self._retire(victim)
-
-    def _choose_victims(self, newest: _Key) -> list[E]:
-        tenant_id, _, role = newest
-        outdated = [key for key in self._engines if key[0] == tenant_id and key[2] is role and key != newest]
-        victims = [self._engines.pop(key) for key in outdated]  # leased or not: what comes back is closed
-        for key in list(self._engines):
-            if len(self._engines) <= self._limit:
-                break
-            if key != newest and self._pool_of(self._engines[key]).checkedout() == 0:
-                victims.append(self._engines.pop(key))
-        return victims
-
-    def forget(self, tenant_id: UUID) -> None:
-        """Retire every engine of a tenant."""
-        with self._lock:
-            victims = [self._engines.pop(key) for key in list(self._engines) if key[0] == tenant_id]
-        for victim in victims:
-            self._retire(victim)
-
-    def take_all(self) -> list[E]:
-        with self._lock:
-            engines = list(self._engines.values())
-            self._engines.clear()
-        return engines
-
-    def _retire(self, engine: E) -> None:
-        task = self._pool_of(engine).retire()
-        if task is not None:
-            self.retiring.add(task)
-            task.add_done_callback(self.retiring.discard)
-
-
-def _sync_pool(engine: Engine) -> Any:
-    return engine.pool
-
-
-def _async_pool(engine: AsyncEngine) -> Any:
-    return engine.sync_engine.pool
+    def __init__(self, server: Server, budget: ServerBudget) -> None:
+        self.server = server
+        self.budget = budget
+        self.templates: dict[bool, Engine] = {}  # by whether they are for asyncio
 
 
 class Engines:
-    """From a tenant's record to an engine on its database; here an unservable tenant is refused. Safe to share between threads."""
+    """Engines on tenants' databases; here an unservable tenant is refused. Safe to share between threads."""
 
-    def __init__(self, locator: Locator, settings: Settings) -> None:
+    def __init__(
+        self, locator: Locator, settings: Settings, on_wrong_database: Callable[[Tenant, WrongDatabase], object] = lambda *_: None
+    ) -> None:
         self._locator = locator
         self._settings = settings
-        self._threads: Lane[Engine] = Lane(settings.max_engines, _sync_pool)
-        # Not by weak references: a loop that was collected would take its lane along, and the lane's connections would stay open.
-        self._loops: dict[asyncio.AbstractEventLoop, Lane[AsyncEngine]] = {}
-        self._lock = threading.Lock()
+        self._on_wrong_database = on_wrong_database
+        self._servers: dict[UUID, _OnServer] = {}
+        self._lanes: dict[Lane, weakref.WeakValueDictionary[int, TenantEngine]] = {None: weakref.WeakValueDictionary()}
+        self._passing: weakref.WeakSet[TenantPool] = weakref.WeakSet()
+        self._lock = threading.RLock()  # RLock: a listener that makes an engine may look one up
+        self._listeners: list[tuple[str, Callable[..., Any]]] = []
+        self._observers: list[Callable[[Event], object]] = []
+        self._reaper = Reaper(self._maintain)
+        follow(self)
 
-    def engine_of(self, record: TenantRecord, key: Hashable) -> Engine:
+    # -- engines -----------------------------------------------------------------------------------------------------------------------
+
+    def engine_of(self, record: TenantRecord, key: Hashable) -> TenantEngine:
         """The threads' engine of a tenant; ``key`` is how the caller named it. Raises: what `ensure_servable` raises."""
         tenant = ensure_servable(record.tenant, key)
-        return self._threads.get((tenant.id, tenant.generation, DatabaseRole.RUNTIME), lambda: self._make(record))
+        engine = self._lanes[None].get(tenant.id.int)
+        if engine is not None and engine.pool.generation >= tenant.generation:  # type: ignore[attr-defined]
+            return engine
+        return self._make(record, None)
 
     def async_engine_of(self, record: TenantRecord, key: Hashable) -> AsyncEngine:
         """The running event loop's engine of a tenant."""
+        return AsyncEngine(self.loop_engine_of(record, key))
+
+    def loop_engine_of(self, record: TenantRecord, key: Hashable) -> TenantEngine:
+        """What the running event loop's `AsyncEngine` stands on."""
         tenant = ensure_servable(record.tenant, key)
-        lane = self._loop_lane(asyncio.get_running_loop())
-        return lane.get((tenant.id, tenant.generation, DatabaseRole.RUNTIME), lambda: self._make_async(record))
+        loop = asyncio.get_running_loop()
+        lane = self._lanes.get(loop)
+        if lane is not None:
+            engine = lane.get(tenant.id.int)
+            if engine is not None and engine.pool.generation >= tenant.generation:  # type: ignore[attr-defined]
+                return engine
+        return self._make(record, loop)
+
+    @contextlib.contextmanager
+    def passing(self, record: TenantRecord, role: DatabaseRole) -> Iterator[Engine]:
+        """An engine whose connections are closed when they come back, whatever the tenant's state: for steps of provisioning and for
+        migrations. It draws on the budget as everything does."""
+        location = self._locator.locate(record, role)
+        pool = TenantPool(self._source(location, is_async=False, parks=False))
+        self._passing.add(pool)
+        engine = TenantEngine(pool, backend(location.server.backend).url(location), pool.source.template)
+        try:
+            with working(Work.ADMINISTRATION):
+                yield engine
+        finally:
+            pool.retire()
+
+    def _make(self, record: TenantRecord, loop: Lane) -> TenantEngine:
+        location = self._locator.locate(record, DatabaseRole.RUNTIME)
+        tenant = location.tenant
+        source = self._source(location, is_async=loop is not None, parks=True)  # opens nothing
+        with self._lock:
+            lane = self._lanes.get(loop)
+            if lane is None:
+                self._drop_closed_loops()
+                lane = self._lanes.setdefault(loop, weakref.WeakValueDictionary())
+            old = lane.get(tenant.id.int)
+            if old is not None and old.pool.generation >= tenant.generation:  # type: ignore[attr-defined]
+                return old
+            pool = TenantPool(source)
+            engine = TenantEngine(pool, backend(location.server.backend).url(location), source.template)
+            pool.belongs_to(engine)
+            lane[tenant.id.int] = engine
+        if old is not None:
+            old.pool.retire()  # type: ignore[attr-defined]
+        return engine
+
+    def _source(self, location: Location, *, is_async: bool, parks: bool) -> Source:
+        on_server = self._on(location.server)
+        template = on_server.templates.get(is_async)
+        product = backend(location.server.backend)
+        if template is None:
+            with self._lock:
+                template = on_server.templates.get(is_async)
+                if template is None:
+                    template = product.template(self._settings, is_async=is_async)
+                    template.dialect.has_terminate = True  # our pools close at once, so a collected lease of asyncio need not be dropped
+                    for identifier, listener in self._listeners:
+                        event.listen(template, identifier, listener)
+                    on_server.templates[is_async] = template
+        wrong = self._report_wrong_database
+        return Source(location, product, template, on_server.budget, self._settings, wrong, is_async=is_async, parks=parks)
+
+    # -- servers -----------------------------------------------------------------------------------------------------------------------
+
+    def budget_of(self, server: Server) -> ServerBudget:
+        return self._on(server).budget
+
+    def _on(self, server: Server) -> _OnServer:
+        on_server = self._servers.get(server.id)
+        if on_server is None:
+            with self._lock:
+                on_server = self._servers.get(server.id)
+                if on_server is None:
+                    budget = self._settings.budget
+                    made = ServerBudget(
+                        server.name,
+                        limits_of(self._settings, server),
+                        self._reaper,
+                        self._emit,
+                        total=budget.connections,
+                        processes=budget.share_of,
+                    )
+                    on_server = self._servers[server.id] = _OnServer(server, made)
+        return on_server
+
+    @contextlib.contextmanager
+    def place(self, server: Server, label: str) -> Iterator[None]:
+        """A place in a server's budget for a connection that is no tenant's, such as the provisioner's, while the block lasts."""
+        from tenantdb.connections.places import hold_place
+
+        with hold_place(self.budget_of(server), label, self._settings.budget.acquire_timeout):
+            yield
+
+    # -- letting go --------------------------------------------------------------------------------------------------------------------
 
     def forget(self, tenant_id: UUID) -> None:
-        """A tenant has changed: retire its engines, each event loop's in that loop. From any thread."""
-        self._threads.forget(tenant_id)
+        """A tenant has changed: close what is idle, what is leased when it comes back, and refuse its old engines. From any thread."""
         with self._lock:
-            lanes = list(self._loops.items())
-        for loop, lane in lanes:
-            with contextlib.suppress(RuntimeError):  # closed: its connections are dropped when a lane is next made, or at the end
-                loop.call_soon_threadsafe(lane.forget, tenant_id)
+            lanes = list(self._lanes.values())
+        for lane in lanes:
+            engine = lane.pop(tenant_id.int, None)
+            if engine is not None:
+                engine.pool.retire()  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Retire the threads' engines and drop those of event loops that are closed."""
-        for engine in self._threads.take_all():
-            _sync_pool(engine).retire()
+        """Close idle connections; leased ones close when they come back. Waits until the servers have let go. May be called twice."""
+        with self._lock:
+            engines = [engine for lane in self._lanes.values() for engine in list(lane.values())]
+            for lane in self._lanes.values():
+                lane.clear()
+        for engine in engines:
+            engine.pool.retire()  # type: ignore[attr-defined]
+        for on_server in list(self._servers.values()):
+            on_server.budget.close_idle("closed")
         self._drop_closed_loops()
+        self._reaper.stop()
 
-    async def aclose(self) -> None:
-        """Retire the engines of the running event loop and wait until their idle connections are closed."""
-        lane = self._loop_lane(asyncio.get_running_loop())
-        tasks = [_async_pool(engine).retire() for engine in lane.take_all()]
-        await asyncio.gather(*tasks, *lane.retiring)
-
-    def _loop_lane(self, loop: asyncio.AbstractEventLoop) -> Lane[AsyncEngine]:
-        lane = self._loops.get(loop)
-        if lane is None:
-            self._drop_closed_loops()
-            with self._lock:
-                lane = self._loops.setdefault(loop, Lane(self._settings.max_engines, _async_pool))
-        return lane
+    def close_loop(self) -> None:
+        """Close the idle connections of the running event loop."""
+        with self._lock:
+            lane = self._lanes.pop(asyncio.get_running_loop(), None)
+        for engine in list(lane.values()) if lane else ():
+            engine.pool.retire()  # type: ignore[attr-defined]
 
     def _drop_closed_loops(self) -> None:
+        """Connections of a loop that is closed can never be used again. They are closed by hand, for nothing can be awaited there."""
         with self._lock:
-            closed = [loop for loop in self._loops if loop.is_closed()]
-            lanes = [self._loops.pop(loop) for loop in closed]
-        for lane in lanes:
-            for engine in lane.take_all():
-                _async_pool(engine).abandon()
+            closed = [self._lanes.pop(loop) for loop in list(self._lanes) if loop is not None and loop.is_closed()]
+        for lane in closed:
+            for engine in list(lane.values()):
+                engine.pool.retire()  # type: ignore[attr-defined]
 
-    def _make(self, record: TenantRecord) -> Engine:
-        location = self._locator.locate(record, DatabaseRole.RUNTIME)
-        engine = backend(location.server.backend).engine(location, self._settings, poolclass=TenantPool, **self._pool_options())
-        _sync_pool(engine).tenant_slug = record.tenant.slug
-        return engine
+    def _maintain(self, now: float) -> float:
+        if any(loop is not None and loop.is_closed() for loop in list(self._lanes)):
+            self._drop_closed_loops()
+        due = float("inf")
+        for on_server in list(self._servers.values()):
+            due = min(due, on_server.budget.maintain(now))
+            if self._settings.budget.leak_after:
+                due = min(due, on_server.budget.overdue(now, self._settings.budget.leak_after))
+        return due
 
-    def _make_async(self, record: TenantRecord) -> AsyncEngine:
-        location = self._locator.locate(record, DatabaseRole.RUNTIME)
-        engine = backend(location.server.backend).async_engine(location, self._settings, poolclass=AsyncTenantPool, **self._pool_options())
-        _async_pool(engine).tenant_slug = record.tenant.slug
-        return engine
+    # -- seeing ------------------------------------------------------------------------------------------------------------------------
 
-    def _pool_options(self) -> dict[str, Any]:
-        settings = self._settings
-        return {"pool_size": settings.pool_size, "max_overflow": 0, "pool_timeout": settings.acquire_timeout}
+    def stats(self) -> tuple[BudgetStats, ...]:
+        """One record per server that this process has used, by name."""
+        return tuple(sorted((on.budget.stats() for on in list(self._servers.values())), key=lambda stats: stats.server))
+
+    def listen(self, identifier: str, listener: Callable[..., Any]) -> None:
+        """A SQLAlchemy event on every tenant's engine, now and later."""
+        with self._lock:
+            self._listeners.append((identifier, listener))
+            templates = [template for on_server in self._servers.values() for template in on_server.templates.values()]
+        for template in templates:
+            event.listen(template, identifier, listener)
+
+    def observe(self, observer: Callable[[Event], object]) -> None:
+        """Call with every `Event`, from whichever thread or loop it happens in."""
+        self._observers.append(observer)
+
+    def _emit(self, event: str, *facts: object) -> None:
+        if not self._observers:
+            return
+        from tenantdb import events
+
+        happened: Event = getattr(events, event)(*facts)
+        for observer in self._observers:
+            try:
+                observer(happened)
+            except Exception:
+                logger.exception("an observer of connections failed")
+
+    def _report_wrong_database(self, tenant: Tenant, error: WrongDatabase) -> None:
+        logger.error("tenant %s is quarantined: %s", tenant.slug, error.problem)
+        self._reaper.do(lambda: self._on_wrong_database(tenant, error))
+
+    # -- processes ---------------------------------------------------------------------------------------------------------------------
+
+    def start_empty(self) -> object:
+        """In the child after a fork: see `tenantdb.forking`."""
+        inherited: list[object] = [self._lanes, self._passing, self._servers, self._reaper.start_empty()]
+        inherited += [on_server.budget.start_empty() for on_server in self._servers.values()]
+        self._lock = threading.RLock()
+        self._lanes = {None: weakref.WeakValueDictionary()}
+        self._passing = weakref.WeakSet()
+        self._servers = {}
+        return inherited
 
 
 @contextlib.contextmanager
-def one_engine(location: Location, settings: Settings) -> Iterator[Engine]:
-    """An engine without a pool, for one step of provisioning or one migration, whatever the tenant's state."""
-    engine = backend(location.server.backend).engine(location, settings, poolclass=NullPool)
+def working(work: Work) -> Iterator[None]:
+    """Connections that the block asks for are of this class."""
+    token = WORK.set(work)
     try:
-        yield engine
+        yield
     finally:
-        engine.dispose()
+        WORK.reset(token)

@@ -16,6 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import SessionTransaction
 
+from tenantdb.connections.sqla import wire_of
 from tenantdb.errors import ConfigError
 
 EngineLookup = Callable[[str | UUID], tuple[UUID, Engine]]
@@ -72,6 +73,7 @@ def pinned(session_class: Any) -> Any:
     @event.listens_for(made, "after_begin")
     def hold(session: Any, transaction: SessionTransaction, connection: Connection) -> None:
         session._tenantdb_pin.leased = connection.engine
+        wire_of(connection).defer()
 
     @event.listens_for(made, "after_transaction_end")
     def let_go(session: Any, transaction: SessionTransaction) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from tenantdb.forking import follow
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -22,6 +24,7 @@ class Threads:
         self._name = name
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        follow(self)
 
     async def run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call ``fn`` in a thread, with the caller's context: the bound tenant, and who acts."""
@@ -31,6 +34,12 @@ class Threads:
                 self._executor = ThreadPoolExecutor(self._size, thread_name_prefix=self._name)
             future = self._executor.submit(call)
         return await asyncio.wrap_future(future)
+
+    def start_empty(self) -> object:
+        """In the child after a fork, where no thread came along."""
+        inherited, self._executor = self._executor, None
+        self._lock = threading.Lock()
+        return inherited
 
     def close(self) -> None:
         """End the threads when what they do is done; does not wait for it."""

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from sqlalchemy.engine import Connection
 
 from tenantdb.backends import backend
-from tenantdb.connections.engines import one_engine
-from tenantdb.connections.locate import Locator
+from tenantdb.connections.engines import Engines
 from tenantdb.errors import MigrationError
 from tenantdb.migrations.scripts import Scripts, current_revision
 from tenantdb.model import DatabaseRole, Tenant, TenantState
@@ -23,9 +22,9 @@ _MIGRATED = (TenantState.ACTIVE, TenantState.SUSPENDED, TenantState.MAINTENANCE)
 class TenantMigrations:
     """What `TenantDB.migrations` is."""
 
-    def __init__(self, registry: Registry, locator: Locator, settings: Settings) -> None:
+    def __init__(self, registry: Registry, engines: Engines, settings: Settings) -> None:
         self._registry = registry
-        self._locator = locator
+        self._engines = engines
         self._settings = settings
 
     @property
@@ -56,7 +55,7 @@ class TenantMigrations:
         Raises: `MigrationError`, `ServerUnavailable`; what a migration raises passes through, with nothing of that migration left behind.
         """
         record = self._registry.tenants.record(tenant_key(tenant))
-        with one_engine(self._locator.locate(record, DatabaseRole.OWNER), self._settings) as engine:
+        with self._engines.passing(record, DatabaseRole.OWNER) as engine:
             found = self.scripts.upgrade(engine, revision)
         return self._registry.tenants.set_revision(record.tenant, found)
 
@@ -64,7 +63,7 @@ class TenantMigrations:
     def owner_connection(self, tenant: str) -> Iterator[Connection]:
         """See `tenantdb.migrations.env.Databases`."""
         record = self._registry.tenants.record(tenant_key(tenant))
-        with one_engine(self._locator.locate(record, DatabaseRole.OWNER), self._settings) as engine:
+        with self._engines.passing(record, DatabaseRole.OWNER) as engine:
             with engine.connect() as connection:
                 yield connection
                 connection.rollback()

@@ -1,15 +1,19 @@
-"""Looks at an installation and changes nothing: settings, keys, registry, servers, rights."""
+"""Looks at an installation and changes nothing: settings, keys, registry, servers, rights, room for the budget."""
 
 from __future__ import annotations
 
+import logging
 import socket
 from dataclasses import dataclass
 
 from tenantdb.backends import backend
-from tenantdb.errors import TenantDBError
+from tenantdb.connections.share import limits_of, registry_is_on
+from tenantdb.errors import ConfigError, TenantDBError
 from tenantdb.model import Server, StrEnum
 from tenantdb.registry import Registry
-from tenantdb.settings import SQLITE, Settings
+from tenantdb.settings import SQLITE, ConnectionURL, Settings
+
+logger = logging.getLogger("tenantdb.connections")
 
 
 class Severity(StrEnum):
@@ -46,14 +50,75 @@ def check(registry: Registry, settings: Settings) -> list[Finding]:
         if server is None:
             findings.append(Finding(Severity.PROBLEM, f"server {name}", "it is not in the registry; run `tenantdb init`"))
             continue
+        subject = f"server {name}"
         try:
             report = backend(server.backend).check_server(server, url, settings)
+            findings += [Finding(Severity.PROBLEM, subject, text) for text in report.problems]
+            findings += [Finding(Severity.WARNING, subject, text) for text in report.warnings]
+            findings += _connections(server, url, settings)
         except TenantDBError as error:
-            findings.append(Finding(Severity.PROBLEM, f"server {name}", error.explain()))
-        else:
-            findings += [Finding(Severity.PROBLEM, f"server {name}", text) for text in report.problems]
-            findings += [Finding(Severity.WARNING, f"server {name}", text) for text in report.warnings]
+            findings.append(Finding(Severity.PROBLEM, subject, error.explain()))
     return sorted(findings, key=lambda finding: finding.severity is Severity.WARNING)
+
+
+def compare_at_start(registry: Registry, settings: Settings) -> None:
+    """Where a process with a provisioner begins its work: whether its servers have room for the budget. What they lack is logged.
+
+    A server that does not answer now keeps nobody from starting. Raises: `ConfigError` where the budget is ``strict``; `RegistryError`.
+    """
+    if not any(url.backend != SQLITE for url in settings.provisioners.values()):
+        return
+    findings: list[Finding] = []
+    for server in registry.servers.list():
+        url = settings.provisioners.get(server.name)
+        if url is None:
+            continue
+        try:
+            findings += _connections(server, url, settings)
+        except TenantDBError as error:
+            logger.warning("the budget could not be compared with server %s: %s", server.name, error.explain())
+    for finding in findings:
+        logger.warning("%s: %s", finding.subject, finding.text)
+    problems = [f"{finding.subject}: {finding.text}" for finding in findings if finding.severity is Severity.PROBLEM]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _connections(server: Server, url: ConnectionURL, settings: Settings) -> list[Finding]:
+    """Whether the server has as many connections as all processes together may ask of it. Raises: `ConfigError`, `ServerUnavailable`."""
+    if server.backend == SQLITE:
+        return []
+    from tenantdb.backends.postgresql.inspect import room_on  # psycopg is an extra
+
+    budget, findings = settings.budget, []
+    wanted_per_tenant = limits_of(settings, server).per_tenant * budget.share_of
+    room = room_on(server.name, url, settings, wanted_per_tenant=wanted_per_tenant)
+    asked, total = [f"budget.connections={budget.connections}"], budget.connections
+    if room.has_registry and not registry_is_on(settings, server):
+        total += settings.registry_pool_size * budget.share_of
+        asked.append(
+            f"registry_pool_size={settings.registry_pool_size} in budget.processes={budget.share_of}, because the registry is on this"
+            " server under another name"
+        )
+    if room.has_registry and settings.registry_admin is not None:
+        total += settings.registry_pool_size
+        asked.append(f"{settings.registry_pool_size} of registry_admin in this process")
+    there = room.max_connections - room.reserved
+    if total > there:
+        more = f"{' and '.join(asked)} are {total} connections" if len(asked) > 1 else asked[0]
+        text = (
+            f"{more}, and the server has {there}: max_connections={room.max_connections} less {room.reserved} reserved."
+            " Lower the budget, or raise max_connections"
+        )
+        findings.append(Finding(Severity.PROBLEM if budget.strict else Severity.WARNING, f"server {server.name}", text))
+    if room.narrow_roles:
+        text = (
+            f"{room.narrow_roles} of the tenants' roles have a CONNECTION LIMIT below {wanted_per_tenant}, the lowest is {room.narrowest}:"
+            f" what budget.per_tenant={budget.per_tenant} in budget.processes={budget.share_of} may ask for is refused by the server before"
+            " the budget is used up. Raise it with ALTER ROLE, or lower per_tenant"
+        )
+        findings.append(Finding(Severity.WARNING, f"server {server.name}", text))
+    return findings
 
 
 def _address(server: Server, settings: Settings) -> list[Finding]:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from tenantdb.connections.locate import Locator
+from tenantdb.connections.engines import Engines
 from tenantdb.errors import (
     ConfigError,
     CredentialTampered,
@@ -43,9 +43,9 @@ database after another anyway, so a crowd of sign-ups waits here instead of fail
 class Provisioner:
     """Makes tenants. With no provisioner's URL in the settings it only writes down what is wanted."""
 
-    def __init__(self, registry: Registry, locator: Locator, settings: Settings, hooks: Hooks, session_class: type[Session]) -> None:
+    def __init__(self, registry: Registry, engines: Engines, settings: Settings, hooks: Hooks, session_class: type[Session]) -> None:
         self._registry = registry
-        self._locator = locator
+        self._engines = engines
         self._settings = settings
         self._hooks = hooks
         self._session_class = session_class
@@ -154,7 +154,7 @@ class Provisioner:
         except CredentialTampered as error:  # nothing can be done with its server; a worker must not stumble over it again and again
             self._registry.operations.fail(operation, error.explain())
             raise ProvisioningError(str(operation.tenant_id), operation.step or "start", error.explain()) from error
-        work = Work(self._registry, self._settings, self._locator, self._hooks, self._session_class, operation, record, wanted)
+        work = Work(self._registry, self._settings, self._engines, self._hooks, self._session_class, operation, record, wanted)
         return carry_out(work)
 
     def _announce(self, tenant: Tenant) -> Tenant:

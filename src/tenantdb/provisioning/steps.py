@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from tenantdb.backends import Workshop, backend
-from tenantdb.connections.engines import one_engine
-from tenantdb.connections.locate import Locator
+from tenantdb.backends import backend
+from tenantdb.connections.engines import Engines
 from tenantdb.errors import ConfigError, HardeningFailed, OperationInProgress
 from tenantdb.migrations import Scripts
 from tenantdb.model import DatabaseRole, Server, Tenant, TenantState
@@ -31,6 +30,9 @@ from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.secrets import password
 from tenantdb.settings import SQLITE, Settings
 
+if TYPE_CHECKING:
+    from tenantdb.backends import Workshop
+
 LEASE = timedelta(minutes=5)
 
 
@@ -40,7 +42,7 @@ class Work:
 
     registry: Registry
     settings: Settings
-    locator: Locator
+    engines: Engines
     hooks: Hooks
     session_class: type[Session]
     operation: Operation
@@ -70,7 +72,7 @@ class Work:
         url = self.settings.provisioners.get(server.name)
         if url is None:
             raise ConfigError(f"this process has no provisioner for server {server.name!r}; give it in servers={{...}}")
-        with backend(server.backend).workshop(server, url, self.settings) as workshop:
+        with self.engines.place(server, "the provisioner"), backend(server.backend).workshop(server, url, self.settings) as workshop:
             yield workshop
 
 
@@ -160,7 +162,7 @@ def migrate(work: Work) -> None:
     """Bring the schema to head as the owner role, and record where it is."""
     if work.settings.migrations is None:
         return
-    with one_engine(work.locator.locate(work.record, DatabaseRole.OWNER), work.settings) as engine:
+    with work.engines.passing(work.record, DatabaseRole.OWNER) as engine:
         revision = Scripts(work.settings.migrations).upgrade(engine)
     work.registry.tenants.set_revision(work.tenant, revision)
     work.reload()
@@ -170,7 +172,7 @@ def seed(work: Work) -> None:
     """The application's first rows, as the runtime role, all seeds in one transaction."""
     if not work.hooks.seeds:
         return
-    with one_engine(work.locator.locate(work.record, DatabaseRole.RUNTIME), work.settings) as engine:
+    with work.engines.passing(work.record, DatabaseRole.RUNTIME) as engine:
         with work.session_class(engine.execution_options(tenantdb_begin="IMMEDIATE")) as session, session.begin():
             for fn in work.hooks.seeds:
                 fn(session, work.tenant)
@@ -178,7 +180,7 @@ def seed(work: Work) -> None:
 
 def verify(work: Work) -> None:
     """Enter as the application will, and look with the catalogue's eyes at what is open."""
-    with one_engine(work.locator.locate(work.record, DatabaseRole.RUNTIME), work.settings) as engine, engine.connect():
+    with work.engines.passing(work.record, DatabaseRole.RUNTIME) as engine, engine.connect():
         pass  # connecting checks role and identity stamp
     with work.workshop() as workshop:
         if findings := workshop.verify(work.tenant):

@@ -9,10 +9,11 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, func, select
 
-from tenantdb.errors import CredentialTampered
+from tenantdb.errors import CredentialTampered, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.registry import schema
 from tenantdb.registry.audit import AuditStore
+from tenantdb.registry.audit import record as audit_record
 from tenantdb.registry.cache import RecordCache
 from tenantdb.registry.memberships import MembershipStore
 from tenantdb.registry.operations import Operation, OperationState, OperationStore
@@ -72,6 +73,11 @@ class Registry:
     def forget(self, tenant_id: UUID, slug: str | None = None) -> None:
         """The tenant changed: the next look-up asks the database."""
         self._cache.forget(tenant_id, slug)
+
+    def quarantine(self, tenant: Tenant, error: WrongDatabase) -> None:
+        """Write down that a connection reached a database that is not the tenant's. Raises: as `write`."""
+        with self.write() as connection:
+            audit_record(connection, "tenant.quarantine", tenant_id=tenant.id, outcome="refused", details={"problem": error.problem})
 
     # -- life --
 

@@ -20,6 +20,7 @@ from uuid import UUID
 from cachetools import LRUCache
 
 from tenantdb.errors import TenantNotFound
+from tenantdb.forking import follow
 from tenantdb.registry.flights import SingleFlight
 from tenantdb.registry.records import TenantRecord
 
@@ -44,6 +45,7 @@ class RecordCache:
         self._missing: LRUCache[Key, float] = LRUCache(size)
         self._flights: SingleFlight[Key, TenantRecord] = SingleFlight()
         self._epoch = 0  # grows with every forget
+        follow(self)
 
     def peek(self, key: Key) -> TenantRecord | None:
         """The record, or None where only a look-up can tell. Never waits. Raises: `TenantNotFound` where that is remembered."""
@@ -80,6 +82,11 @@ class RecordCache:
             self._ids.clear()
             self._missing.clear()
         self._flights.detach()
+
+    def start_empty(self) -> object:
+        """In the child after a fork, where somebody may have held the lock; what is remembered is believed on."""
+        inherited, self._lock = self._lock, threading.Lock()
+        return inherited
 
     def _load(self, key: Key, load: Callable[[Key], TenantRecord]) -> TenantRecord:
         if (found := self.peek(key)) is not None:  # it landed between our look and our take-off

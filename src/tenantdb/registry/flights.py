@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future
 from typing import Generic, TypeVar
 
+from tenantdb.forking import follow
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -20,6 +22,7 @@ class SingleFlight(Generic[K, V]):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._flights: dict[K, Future[V]] = {}
+        follow(self)
 
     def run(self, key: K, call: Callable[[], V]) -> V:
         while True:
@@ -50,6 +53,12 @@ class SingleFlight(Generic[K, V]):
         """Let nobody join what is in flight now: it may bring back what has since changed."""
         with self._lock:
             self._flights.clear()
+
+    def start_empty(self) -> object:
+        """In the child after a fork, where nobody flies."""
+        inherited, self._flights = self._flights, {}
+        self._lock = threading.Lock()
+        return inherited
 
     def _land(self, key: K, flight: Future[V]) -> None:
         with self._lock:

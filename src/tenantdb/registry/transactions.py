@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, InternalError, OperationalError, SQLAlchemyError, TimeoutError
 
 from tenantdb.errors import RegistryError, RegistryNotInitialized, RegistryUnavailable, TenantDBError, describe
+from tenantdb.forking import follow
 from tenantdb.registry.flights import SingleFlight
 
 UNDEFINED_TABLE = "42P01"
@@ -34,6 +35,7 @@ class Transactions:
         self._check = check
         self._checked = False
         self._flights: SingleFlight[str, None] = SingleFlight()
+        follow(self)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -67,6 +69,13 @@ class Transactions:
         """Close both engines' idle connections. May be called twice."""
         self.engine.dispose()
         self.admin_engine.dispose()
+
+    def start_empty(self) -> object:
+        """In the child after a fork: the connections are the parent's."""
+        inherited = [self.engine.pool, self.admin_engine.pool]
+        self.engine.dispose(close=False)
+        self.admin_engine.dispose(close=False)
+        return inherited
 
     def _check_once(self) -> None:
         if not self._checked:

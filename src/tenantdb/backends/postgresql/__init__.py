@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Engine
-from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool, Pool
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
-from tenantdb.backends.base import Location, ServerReport
+from tenantdb.backends.base import ConnectFailed, Location, ServerReport
+from tenantdb.backends.hangup import await_hangup, wait_for_hangup
+from tenantdb.backends.postgresql import wire
 from tenantdb.backends.postgresql.connect import (
+    connect_failure,
     connect_problem,
-    has_news,
     password_argument,
     provisioner_connection,
     session_options,
@@ -27,9 +30,12 @@ from tenantdb.backends.postgresql.connect import (
 )
 from tenantdb.backends.postgresql.inspect import server_report
 from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop
-from tenantdb.errors import RegistryUnavailable, ServerUnavailable, WrongDatabase
+from tenantdb.errors import RegistryUnavailable, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.settings import POSTGRESQL, ConnectionURL, Settings
+
+if TYPE_CHECKING:
+    from tenantdb.backends.protocols import Wire
 
 _IDENTITY = "SELECT current_database(), tenant_id FROM tenantdb.identity"
 
@@ -39,15 +45,45 @@ class PostgreSQL:
 
     name = POSTGRESQL
 
-    def engine(self, location: Location, settings: Settings, *, poolclass: type[Pool], **pool_options: Any) -> Engine:
-        engine = create_engine(_url(location), **_arguments(location, settings), poolclass=poolclass, **pool_options)
-        self._prepare(engine, location)
-        return engine
+    def template(self, settings: Settings, *, is_async: bool) -> Engine:
+        return wire.template_engine(_never_called, is_async=is_async, pool_reset_on_return=None)
 
-    def async_engine(self, location: Location, settings: Settings, *, poolclass: type[Pool], **pool_options: Any) -> AsyncEngine:
-        engine = create_async_engine(_url(location), **_arguments(location, settings), poolclass=poolclass, **pool_options)
-        self._prepare(engine.sync_engine, location)
-        return engine
+    def url(self, location: Location) -> URL:
+        return URL.create("postgresql+psycopg", _login(location), None, location.host, location.port, location.tenant.database)
+
+    def open(self, dialect: Dialect, location: Location, settings: Settings, *, timeout: float) -> Any:
+        arguments = transport(location.host, settings) | session_options(location.role, settings)
+        if location.role is DatabaseRole.OWNER:
+            arguments["cursor_factory"] = psycopg.Cursor  # a migration may send several statements at once
+        arguments["connect_timeout"] = max(2, min(settings.connect_timeout, math.ceil(timeout)))  # 2 is the smallest that libpq knows
+        tenant, login = location.tenant, _login(location)
+        try:
+            connection = wire.connect(
+                dialect,
+                discard_temp=settings.temporary_tables,
+                host=location.host,
+                port=location.port,
+                user=login,
+                dbname=tenant.database,
+                password=location.password(),
+                **arguments,
+            )
+        except psycopg.OperationalError as error:
+            raise ConnectFailed(connect_failure(error), connect_problem(error)) from without_frames(error)
+        try:
+            _check_identity(connection, tenant, login)
+        except BaseException:
+            descriptor = self.wire(dialect, connection).finish()
+            if descriptor is not None and dialect.is_async:
+                await_only(await_hangup(descriptor, _GOODBYE))
+            elif descriptor is not None:
+                wait_for_hangup(descriptor, _GOODBYE)
+            raise
+        return connection
+
+    def wire(self, dialect: Dialect, connection: Any) -> Wire:
+        found: Wire = dialect.get_driver_connection(connection)
+        return found
 
     def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
         engine = create_engine(
@@ -55,9 +91,9 @@ class PostgreSQL:
             connect_args=transport(url.host, settings, url.tls) | session_options(None, settings),
             use_native_hstore=False,
             hide_parameters=True,
-            pool_size=settings.pool_size,
+            pool_size=settings.registry_pool_size,
             max_overflow=0,
-            pool_timeout=settings.acquire_timeout,
+            pool_timeout=settings.budget.acquire_timeout,
             pool_pre_ping=True,
         )
 
@@ -106,43 +142,17 @@ class PostgreSQL:
         with provisioner_connection(url, settings, server.name) as connection:
             return server_report(connection, settings)
 
-    def _prepare(self, engine: Engine, location: Location) -> None:
-        tenant, server = location.tenant, location.server
 
-        @event.listens_for(engine, "do_connect")
-        def connect(dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> Any:
-            try:
-                return dialect.connect(*cargs, **cparams, password=location.password())
-            except psycopg.OperationalError as error:
-                raise ServerUnavailable(server.name, connect_problem(error)) from without_frames(error)
-
-        @event.listens_for(engine, "checkout")
-        def look(dbapi_connection: Any, record: Any, proxy: Any) -> None:
-            """A socket that has something to read while idle means that the server said something: most often goodbye."""
-            if has_news(_driver(dbapi_connection)):
-                raise DisconnectionError("the server closed or addressed an idle connection")
-
-        @event.listens_for(engine, "connect")
-        def check(dbapi_connection: Any, record: Any) -> None:
-            try:
-                _check_identity(dbapi_connection, tenant, engine.url.username or "")
-            except BaseException:
-                dbapi_connection.close()
-                raise
+_GOODBYE = 0.5  # seconds to wait for a server to let go of a connection that failed its check
 
 
-def _url(location: Location) -> URL:
-    tenant = location.tenant
-    role = tenant.owner_role if location.role is DatabaseRole.OWNER else tenant.runtime_role
-    return URL.create("postgresql+psycopg", role, None, location.host, location.port, tenant.database)
+def _never_called() -> Any:
+    raise NotImplementedError("a template connects nowhere")
 
 
-def _arguments(location: Location, settings: Settings) -> dict[str, Any]:
-    return {
-        "connect_args": transport(location.host, settings) | session_options(location.role, settings),
-        "use_native_hstore": False,
-        "hide_parameters": True,
-    }
+def _login(location: Location) -> str:
+    role = location.tenant.owner_role if location.role is DatabaseRole.OWNER else location.tenant.runtime_role
+    return role or ""
 
 
 def _driver(connection: Any) -> Any:

@@ -15,6 +15,7 @@ from tenantdb.errors import ConfigError
 from tenantdb.settings import ConnectionURL, Settings
 
 TEMPLATE = "tenantdb_tpl"
+OWNER_CONNECTIONS = 4  # of a tenant's owner role: a migrator, a seed, a rotation, one lingering
 OWNER_GROUP = "tenantdb_owner"
 
 DOORS = """(proname ~ '^pg_(try_)?advisory_(xact_)?lock'

@@ -7,10 +7,10 @@ tenant cannot switch its own limits off for the next session.
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Mapping
 from typing import Any
 
+from tenantdb.backends.base import FailureClass
 from tenantdb.errors import ConfigError, ServerUnavailable
 from tenantdb.model import DatabaseRole
 from tenantdb.settings import ConnectionURL, Settings, is_local
@@ -79,42 +79,44 @@ def without_frames(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
+_SERVER, _CAPACITY, _TENANT = FailureClass.SERVER, FailureClass.CAPACITY, FailureClass.TENANT
 _PROBLEMS = (
-    ("password authentication failed", "the login was refused: wrong password"),
-    ("no password supplied", "the login was refused: no password was given"),
-    ("authentication method requirement", "it does not ask for a SCRAM password, as require_auth demands"),
-    ("is not permitted to log in", "the role may not log in"),
-    ("too many connections for role", "the role has reached its connection limit"),
-    ("too many connections for database", "the database has reached its connection limit"),
-    ("too many clients", "it has reached max_connections"),
-    ("remaining connection slots are reserved", "it has reached max_connections"),
-    ("is not currently accepting connections", "the database does not accept connections"),
-    ("does not exist", "the database or role does not exist"),
-    ("permission denied for database", "the role may not enter the database"),
-    ("no pg_hba.conf entry", "pg_hba.conf does not admit this login"),
-    ("certificate verify failed", "its certificate is not signed by a trusted authority"),
-    ("does not match host name", "its certificate is for another host"),
-    ("root certificate file", "the file of trusted authorities (ssl_root_cert) cannot be read"),
-    ("does not support SSL", "it does not offer TLS"),
-    ("starting up", "it is starting up"),
-    ("shutting down", "it is shutting down"),
-    ("Connection refused", "nothing listens there"),
-    ("timeout", "it did not answer in time"),
-    ("could not translate host name", "its host name is unknown"),
-    ("failed to resolve host", "its host name is unknown"),
+    ("password authentication failed", "the login was refused: wrong password", _TENANT),
+    ("no password supplied", "the login was refused: no password was given", _TENANT),
+    ("authentication method requirement", "it does not ask for a SCRAM password, as require_auth demands", _SERVER),
+    ("is not permitted to log in", "the role may not log in", _TENANT),
+    ("too many connections for role", "the role has reached its connection limit", _CAPACITY),
+    ("too many connections for database", "the database has reached its connection limit", _CAPACITY),
+    ("too many clients", "it has reached max_connections", _CAPACITY),
+    ("remaining connection slots are reserved", "it has reached max_connections", _CAPACITY),
+    ("is not currently accepting connections", "the database does not accept connections", _TENANT),
+    ("does not exist", "the database or role does not exist", _TENANT),
+    ("permission denied for database", "the role may not enter the database", _TENANT),
+    ("no pg_hba.conf entry", "pg_hba.conf does not admit this login", _TENANT),
+    ("certificate verify failed", "its certificate is not signed by a trusted authority", _SERVER),
+    ("does not match host name", "its certificate is for another host", _SERVER),
+    ("root certificate file", "the file of trusted authorities (ssl_root_cert) cannot be read", _SERVER),
+    ("does not support SSL", "it does not offer TLS", _SERVER),
+    ("starting up", "it is starting up", _SERVER),
+    ("shutting down", "it is shutting down", _SERVER),
+    ("Connection refused", "nothing listens there", _SERVER),
+    ("timeout", "it did not answer in time", _SERVER),
+    ("could not translate host name", "its host name is unknown", _SERVER),
+    ("failed to resolve host", "its host name is unknown", _SERVER),
 )
+_UNKNOWN = ("", "the connection failed for a reason named in the log of the server", _SERVER)
 
 
 def connect_problem(error: Exception) -> str:
     """Why a connect failed, in words of ours. psycopg gives no SQLSTATE for errors at connect, so libpq's text is all there is."""
+    return _known(error)[1]
+
+
+def connect_failure(error: Exception) -> FailureClass:
+    """Whose fault it is. A text that is not known, perhaps of a server that speaks another language, is the server's."""
+    return _known(error)[2]
+
+
+def _known(error: Exception) -> tuple[str, str, FailureClass]:
     text = str(error)
-    return next((ours for theirs, ours in _PROBLEMS if theirs in text), "the connection failed for a reason named in the log of the server")
-
-
-def has_news(connection: Any) -> bool:
-    """Whether an idle connection's socket has something to read, or is gone. Costs a microsecond, where a ping costs a round trip."""
-    if connection.closed:
-        return True
-    poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+    return next((problem for problem in _PROBLEMS if problem[0] in text), _UNKNOWN)

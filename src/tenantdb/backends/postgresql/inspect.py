@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 
 from tenantdb.backends.base import ServerReport
-from tenantdb.backends.postgresql.bootstrap import DOORS
+from tenantdb.backends.postgresql.bootstrap import DOORS, OWNER_CONNECTIONS
+from tenantdb.backends.postgresql.connect import provisioner_connection
 from tenantdb.model import Server, Tenant
-from tenantdb.settings import Settings
+from tenantdb.settings import ConnectionURL, Settings
 
 Connection = psycopg.Connection[Any]
 
@@ -147,3 +150,43 @@ def server_report(connection: Connection, settings: Settings) -> ServerReport:
             "before PostgreSQL 16 a role with CREATEROLE can reach the operating system: guard the provisioner like a superuser"
         )
     return ServerReport(problems, warnings)
+
+
+# -- connections -----------------------------------------------------------------------------------------------------------------------
+
+# Before PostgreSQL 16 there is no reserved_connections. What a login shows of itself in pg_stat_activity every other may read.
+_ROOM = """
+SELECT current_setting('max_connections')::int,
+       current_setting('superuser_reserved_connections')::int + coalesce(current_setting('reserved_connections', true), '0')::int,
+       EXISTS (SELECT FROM pg_stat_activity WHERE datname = %(registry)s AND application_name = %(us)s)
+"""
+# An owner role has a smaller limit than any runtime role, whatever the budget was when the tenant was made.
+_NARROW_ROLES = """
+SELECT count(*), coalesce(min(rolconnlimit), 0) FROM pg_roles
+WHERE rolname ~ '^t_[0-9a-f]{16}$' AND rolconnlimit > %(owner)s AND rolconnlimit < %(wanted)s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many connections a server has, and who else holds some. ``reserved`` are kept for superusers and the like.
+
+    ``has_registry``: this process's open connections to the registry are connections of this server. ``narrow_roles`` of the tenants'
+    runtime roles have a CONNECTION LIMIT below what was asked, ``narrowest`` the lowest of them.
+    """
+
+    max_connections: int
+    reserved: int
+    has_registry: bool
+    narrow_roles: int
+    narrowest: int
+
+
+def room_on(server: str, url: ConnectionURL, settings: Settings, *, wanted_per_tenant: int) -> Room:
+    """Look with the provisioner's eyes, after the registry was asked something. Raises: `ServerUnavailable`."""
+    us = {"registry": settings.url.database, "us": f"tenantdb/{os.getpid()}"}
+    with provisioner_connection(url, settings, server) as connection:
+        max_connections, reserved, has_registry = connection.execute(_ROOM, us).fetchone() or (0, 0, False)
+        wanted = {"owner": OWNER_CONNECTIONS, "wanted": wanted_per_tenant}
+        narrow_roles, narrowest = connection.execute(_NARROW_ROLES, wanted).fetchone() or (0, 0)
+    return Room(max_connections, reserved, has_registry, narrow_roles, narrowest)

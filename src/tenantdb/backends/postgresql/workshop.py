@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from tenantdb.backends.base import FoundDatabase
 from tenantdb.backends.postgresql import scram
-from tenantdb.backends.postgresql.bootstrap import OWNER_GROUP, TEMPLATE
+from tenantdb.backends.postgresql.bootstrap import OWNER_CONNECTIONS, OWNER_GROUP, TEMPLATE
 from tenantdb.backends.postgresql.connect import provisioner_connection
 from tenantdb.backends.postgresql.inspect import database_findings
 from tenantdb.errors import HardeningFailed
@@ -30,7 +30,6 @@ from tenantdb.settings import ConnectionURL, Settings
 OPAQUE_NAME = re.compile(r"t_[0-9a-f]{16}", re.ASCII)
 _NO_EFFECT = frozenset({"01006", "01007"})  # privilege_not_revoked, privilege_not_granted
 _INVALID = -2  # datconnlimit of a database whose DROP was interrupted
-_OWNER_CONNECTIONS = 4  # a migrator, a seed, a rotation, one lingering
 _LINGERING = 4  # backends whose client has gone and that the server still counts
 
 Connection = psycopg.Connection[Any]
@@ -44,7 +43,7 @@ class PostgreSQLWorkshop:
         self._server = server
         self._url = url
         self._settings = settings
-        self._runtime_connections = 2 * settings.pool_size * settings.processes + _LINGERING  # 2: threads and an event loop
+        self._runtime_connections = settings.budget.per_tenant * settings.budget.share_of + _LINGERING
 
     # -- looking -----------------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +68,7 @@ class PostgreSQLWorkshop:
             "CREATE DATABASE {} TEMPLATE {} ALLOW_CONNECTIONS false CONNECTION LIMIT {}",
             _name(tenant.database),
             sql.Identifier(TEMPLATE if self._settings.hardening == "full" else "template0"),
-            sql.Literal(self._runtime_connections + _OWNER_CONNECTIONS),
+            sql.Literal(self._runtime_connections + OWNER_CONNECTIONS),
         )
 
     def drop_invalid_database(self, name: str) -> None:
@@ -77,7 +76,7 @@ class PostgreSQLWorkshop:
 
     def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         for role, password, limit in (
-            (tenant.owner_role, owner_password, _OWNER_CONNECTIONS),
+            (tenant.owner_role, owner_password, OWNER_CONNECTIONS),
             (tenant.runtime_role, runtime_password, self._runtime_connections),
         ):
             verb = "ALTER" if self.find_roles([role or ""]) else "CREATE"

@@ -1,0 +1,86 @@
+"""Everything that leans on SQLAlchemy's internals, in one place.
+
+tests/unit/test_contract_sqlalchemy.py holds each of them to what is assumed here, on 2.0 and on 2.1:
+
+- `Engine` is what `create_engine` makes, and may be made from a pool, a dialect and a URL; its compiled cache and its listeners are
+  attributes, and thousands of engines may share one of each.
+- A pool may take over another's listeners (``_dispatch``, as its own `recreate` does), among them the one that initialises the dialect at
+  the first connect of any of them.
+- A record of a pool can be made unconnected. SQLAlchemy connects it when it is checked out, and returns it to the pool when that fails.
+- A pool closes connections through `_close_connection`, and returns records through `_do_return_conn`: without a connection when it was
+  closed, or detached.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.pool import Pool
+from sqlalchemy.pool.base import _ConnectionRecord
+
+
+class Record(_ConnectionRecord):
+    """A pool's record of one connection, with its place in the budget."""
+
+    unit: Any
+    deadline: float
+
+    def __init__(self, pool: Pool, unit: Any, deadline: float) -> None:
+        super().__init__(pool, connect=False)
+        self.unit = unit
+        self.deadline = deadline
+
+
+class TenantEngine(Engine):
+    """An engine of one tenant that has everything but its pool and URL from a template."""
+
+    def __init__(self, pool: Pool, url: URL, template: Engine) -> None:
+        self._template = template
+        super().__init__(pool, template.dialect, url, query_cache_size=0, hide_parameters=template.hide_parameters)
+        self._compiled_cache = template._compiled_cache
+        self.dispatch = template.dispatch
+
+    @property
+    def _has_events(self) -> bool:
+        return self._template._has_events
+
+    @_has_events.setter
+    def _has_events(self, value: bool) -> None:
+        self._template._has_events = value
+
+
+class BudgetedPool(Pool):
+    """What a pool needs of SQLAlchemy's to take its connections from somewhere else. ``_open`` and ``_finish`` are the subclass's."""
+
+    def __init__(self, template: Engine) -> None:
+        self.template = template
+        super().__init__(
+            cast("Any", _never_called),
+            dialect=template.dialect,
+            reset_on_return=template.pool._reset_on_return,
+            _dispatch=template.pool.dispatch,
+        )
+        del self._invoke_creator  # an attribute of each pool, which would keep a cycle of references; the method takes its place
+
+    def _invoke_creator(self, record: Any) -> Any:  # type: ignore[override]
+        return self._open(record)
+
+    def _open(self, record: Record) -> Any:
+        raise NotImplementedError
+
+    def _finish(self, connection: Any) -> None:
+        raise NotImplementedError
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        self.logger.debug("Closing connection %r", connection)
+        self._finish(connection)
+
+
+def wire_of(connection: Connection) -> Any:
+    """The wire under a connection of a tenant's engine, whose lease has begun."""
+    return connection.connection._connection_record.unit.wire
+
+
+def _never_called(record: Any) -> Any:
+    raise NotImplementedError

@@ -1,0 +1,153 @@
+"""What tenantdb assumes of SQLAlchemy's internals, held to it on every version that is supported. See tenantdb.connections.sqla."""
+
+from __future__ import annotations
+
+import inspect
+import sqlite3
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, event, select
+from sqlalchemy.engine import Engine
+from sqlalchemy.pool import NullPool, Pool
+from sqlalchemy.pool.base import _ConnectionRecord
+
+from tenantdb.connections.sqla import BudgetedPool, Record, TenantEngine
+
+
+class OnePool(BudgetedPool):
+    """A pool that always connects, and tells what SQLAlchemy asked of it."""
+
+    def __init__(self, template: Engine) -> None:
+        super().__init__(template)
+        self.returned: list[Any] = []
+        self.finished: list[Any] = []
+        self.failure: Exception | None = None
+
+    def _do_get(self) -> Any:
+        return Record(self, unit="a place", deadline=0.0)
+
+    def _open(self, record: Record) -> Any:
+        assert record.unit == "a place"
+        if self.failure is not None:
+            raise self.failure
+        return sqlite3.connect(":memory:")
+
+    def _do_return_conn(self, record: Any) -> None:
+        self.returned.append(record.dbapi_connection)
+        record.close()
+
+    def _finish(self, connection: Any) -> None:
+        self.finished.append(connection)
+        connection.close()
+
+    def recreate(self) -> OnePool:
+        return OnePool(self.template)
+
+    def dispose(self) -> None: ...
+
+
+@pytest.fixture
+def template() -> Iterator[Engine]:
+    engine = create_engine("sqlite://", poolclass=NullPool)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def pool(template: Engine) -> OnePool:
+    return OnePool(template)
+
+
+@pytest.fixture
+def engine(pool: OnePool, template: Engine) -> TenantEngine:
+    return TenantEngine(pool, template.url, template)
+
+
+def test_an_engine_may_be_made_from_a_pool_a_dialect_and_a_url() -> None:
+    parameters = list(inspect.signature(Engine.__init__).parameters)
+    assert parameters[1:4] == ["pool", "dialect", "url"]
+    assert {"query_cache_size", "hide_parameters"} <= set(parameters)
+
+
+def test_engines_share_one_compiled_cache_and_compile_a_statement_once(pool: OnePool, template: Engine) -> None:
+    first, second = (TenantEngine(OnePool(template), template.url, template) for _ in range(2))
+    for engine in (first, second, first):
+        with engine.connect() as connection:
+            assert connection.scalar(select(1)) == 1
+    assert first._compiled_cache is second._compiled_cache is template._compiled_cache
+    assert template._compiled_cache is not None
+    assert len(template._compiled_cache) == 1
+
+
+def test_the_dialect_is_initialised_by_the_first_connect_of_any_engine_and_never_again(
+    template: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initialised: list[Any] = []
+    initialize = type(template.dialect).initialize
+    monkeypatch.setattr(type(template.dialect), "initialize", lambda self, c: (initialised.append(c), initialize(self, c)))
+    for _ in range(3):
+        with TenantEngine(OnePool(template), template.url, template).connect() as connection:
+            assert connection.dialect.default_schema_name == "main"
+    assert len(initialised) == 1
+
+
+def test_listeners_of_the_template_hear_every_engine_also_those_that_came_later(template: Engine) -> None:
+    heard: list[str] = []
+    early = TenantEngine(OnePool(template), template.url, template)
+    event.listen(template, "before_cursor_execute", lambda *arguments: heard.append(arguments[2]))
+    late = TenantEngine(OnePool(template), template.url, template)
+    for engine in (early, late):
+        with engine.connect() as connection:
+            connection.exec_driver_sql("SELECT 7")
+    assert heard == ["SELECT 7", "SELECT 7"]
+
+
+def test_a_record_can_be_made_unconnected_and_is_connected_at_checkout(engine: TenantEngine, pool: OnePool) -> None:
+    assert Record(pool, unit=None, deadline=0.0).dbapi_connection is None
+    with engine.connect() as connection:
+        assert connection.scalar(select(1)) == 1
+    assert len(pool.returned) == len(pool.finished) == 1
+
+
+def test_a_connect_that_fails_returns_its_record_without_a_connection(engine: TenantEngine, pool: OnePool) -> None:
+    pool.failure = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        engine.connect()
+    assert pool.returned == [None]
+
+
+def test_an_invalidated_connection_is_closed_by_the_pool_and_its_record_returned_empty(engine: TenantEngine, pool: OnePool) -> None:
+    with engine.connect() as connection:
+        connection.invalidate()
+        assert (len(pool.finished), pool.returned) == (1, [None])
+        assert connection.scalar(select(1)) == 1  # a new lease
+    assert len(pool.finished) == 2
+
+
+def test_a_detached_connection_returns_its_record_empty_and_is_closed_by_the_pool_later(engine: TenantEngine, pool: OnePool) -> None:
+    with engine.connect() as connection:
+        connection.detach()
+        assert (pool.finished, pool.returned) == ([], [None])
+    assert len(pool.finished) == 1
+
+
+def test_disposing_of_an_engine_gives_it_another_pool(engine: TenantEngine, pool: OnePool) -> None:
+    engine.dispose()
+    assert engine.pool is not pool
+    assert isinstance(engine.pool, OnePool)
+
+
+def test_the_hooks_have_the_signatures_that_are_overridden() -> None:
+    assert list(inspect.signature(Pool._close_connection).parameters) == ["self", "connection", "terminate"]
+    assert list(inspect.signature(Pool._invalidate).parameters) == ["self", "connection", "exception", "_checkin"]
+    assert list(inspect.signature(_ConnectionRecord.__init__).parameters) == ["self", "pool", "connect"]
+    for name in ("_do_get", "_do_return_conn", "recreate", "dispose"):
+        with pytest.raises(NotImplementedError):
+            getattr(Pool, name)(*([None] * len(inspect.signature(getattr(Pool, name)).parameters)))
+
+
+def test_the_connection_of_a_pool_has_its_record(engine: TenantEngine) -> None:
+    with engine.connect() as connection:
+        assert connection.connection._connection_record.unit == "a place"
