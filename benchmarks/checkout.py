@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from sqlalchemy import create_engine
@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
-from benchmarks.measure import Result, ratio
+from benchmarks.measure import Result, async_ratio, ratio
 from tenantdb import Budget, Settings
 from tenantdb.backends import Location
 from tenantdb.connections.budget import ServerBudget
@@ -63,7 +63,7 @@ class Fleet:
         self._server = Server(id=uuid.uuid4(), name="stub", backend="sqlite", path="benchmark")
         self._reaper = Reaper(lambda now: float("inf"))
         self._budget = ServerBudget(
-            "stub", limits_of(self._settings, self._server), self._reaper, lambda event: None, total=60, processes=1
+            "stub", limits_of(self._settings, self._server), self._reaper, lambda *happened: None, total=60, processes=1
         )
         self._template = _template(is_async=is_async)
         self._is_async = is_async
@@ -121,7 +121,9 @@ def run(*, quick: bool) -> Result:
     note = "get and return, hit path / the same with QueuePool"
     theirs = _theirs(QueuePool, few._template)
     result.add("sync_ratio", ratio(_turns(few.pools[-1:], repeats), _turns([theirs], repeats), rounds=rounds), bar="<= 1.5", note=note)
-    result.add("async_ratio", asyncio.run(_async_ratio(rounds, repeats)), bar="<= 1.25", note="the same in asyncio / AsyncAdaptedQueuePool")
+    awaited, alone = asyncio.run(_async_ratios(rounds, repeats))
+    result.add("async_ratio", awaited, bar="<= 1.25", note="the same from a coroutine / AsyncAdaptedQueuePool")
+    result.add("async_pool_ratio", alone, note="the same without the greenlets that a coroutine needs, for orientation")
     many = Fleet(_MANY, is_async=False)
     scale = ratio(_turns(many.pools[-_FEW:], repeats), _turns(few.pools, repeats), rounds=rounds)
     result.add("scale_ratio", scale, bar="<= 1.15", note=f"{_MANY:,} known tenants / {_FEW}")
@@ -136,13 +138,23 @@ def _theirs(poolclass: type[Pool], template: Engine) -> Pool:
     return pool
 
 
-async def _async_ratio(rounds: int, repeats: int) -> float:
-    def measure() -> float:
-        fleet = Fleet(1, is_async=True)
-        theirs = _theirs(AsyncAdaptedQueuePool, fleet._template)
-        try:
-            return ratio(_turns(fleet.pools, repeats), _turns([theirs], repeats), rounds=rounds)
-        finally:
-            fleet.close()
+async def _async_ratios(rounds: int, repeats: int) -> tuple[float, float]:
+    """As a coroutine takes and returns a connection, each in a greenlet as SQLAlchemy does it; and the pools alone, in one greenlet."""
+    fleet = await greenlet_spawn(Fleet, 1, is_async=True)
+    theirs = await greenlet_spawn(_theirs, AsyncAdaptedQueuePool, fleet._template)
+    ours = fleet.pools[0]
+    try:
+        awaited = await async_ratio(_awaited(ours, repeats // 4), _awaited(theirs, repeats // 4), rounds=rounds)
+        alone = await greenlet_spawn(lambda: ratio(_turns([ours], repeats), _turns([theirs], repeats), rounds=rounds))
+    finally:
+        await greenlet_spawn(fleet.close)
+    return awaited, alone
 
-    return await greenlet_spawn(measure)
+
+def _awaited(pool: Pool, repeats: int) -> Callable[[], Awaitable[None]]:
+    async def turns() -> None:
+        for _ in range(repeats):
+            connection = await greenlet_spawn(pool.connect)
+            await greenlet_spawn(connection.close)
+
+    return turns

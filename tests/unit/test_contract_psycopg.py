@@ -205,3 +205,7 @@ def test_the_reset_rolls_back_first_and_throws_away_only_what_it_is_told() -> No
     least = b"SET SESSION AUTHORIZATION DEFAULT; RESET ALL; CLOSE ALL; UNLISTEN *; SELECT pg_advisory_unlock_all()"
     assert wire.reset_message(rollback=False, temporary=False, prepared=False) == least
     assert wire.reset_message(rollback=True, temporary=True, prepared=True) == b"ROLLBACK; " + least + b"; DISCARD TEMP; DEALLOCATE ALL"
+
+
+def test_an_error_can_be_made_from_a_result() -> None:
+    assert next(iter(inspect.signature(psycopg.errors.error_from_result).parameters)) == "result"

@@ -143,6 +143,7 @@ def test_the_hooks_have_the_signatures_that_are_overridden() -> None:
     assert list(inspect.signature(Pool._close_connection).parameters) == ["self", "connection", "terminate"]
     assert list(inspect.signature(Pool._invalidate).parameters) == ["self", "connection", "exception", "_checkin"]
     assert list(inspect.signature(_ConnectionRecord.__init__).parameters) == ["self", "pool", "connect"]
+    assert list(inspect.signature(Pool._should_wrap_creator).parameters) == ["self", "creator"]
     for name in ("_do_get", "_do_return_conn", "recreate", "dispose"):
         with pytest.raises(NotImplementedError):
             getattr(Pool, name)(*([None] * len(inspect.signature(getattr(Pool, name)).parameters)))

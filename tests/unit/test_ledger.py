@@ -406,21 +406,34 @@ def test_a_tenant_whose_turn_it_is_anyway_keeps_its_connection() -> None:
 
 
 def test_a_tenant_keeps_its_place_in_line_while_it_opens() -> None:
-    ledger = make(connections=2, quantum=0)
+    ledger = make(connections=6, quantum=0)
     acme, globex, initech = ledger.shelf("acme"), ledger.shelf("globex"), ledger.shelf("initech")
-    used = lease(ledger, initech)
+    used = [lease(ledger, initech) for _ in range(5)]
     opening = ask(ledger, acme)
     ours, theirs = ask(ledger, acme), ask(ledger, globex)
-    ledger.returned(used, 1.0)
+    ledger.returned(used[0], 1.0)
     assert granted(ledger) == [theirs]  # acme opens one at a time, and is passed over
     assert opening.unit is not None and theirs.unit is not None
-    again = ask(ledger, globex)
     ledger.opened(opening.unit)
     ledger.opened(theirs.unit)
+    again = ask(ledger, globex)
 
-    ledger.returned(theirs.unit, 2.0)
+    ledger.returned(used[1], 2.0)
 
     assert granted(ledger) == [ours] and again.verdict is None
+
+
+def test_who_uses_less_than_an_equal_share_goes_before_who_was_first_in_line() -> None:
+    ledger = make(connections=4, quantum=0)
+    acme, globex, initech = ledger.shelf("acme"), ledger.shelf("globex"), ledger.shelf("initech")
+    used = [lease(ledger, acme), lease(ledger, acme), lease(ledger, initech), lease(ledger, initech)]
+    more, theirs = ask(ledger, acme), ask(ledger, globex)
+
+    ledger.returned(used[2], 1.0)
+
+    assert granted(ledger) == [theirs]  # acme has two of four, and two wait
+    ledger.returned(used[3], 2.0)
+    assert granted(ledger) == [more]  # nobody who has less waits any more
 
 
 def test_without_others_the_quantum_is_no_limit() -> None:

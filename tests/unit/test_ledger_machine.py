@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -76,6 +77,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.held_before = self.ledger.held
         self.tenant_held_before = {account.key: account.held for account in self.ledger.accounts()}
 
+    def sated(self, line: list[Account]) -> list[Account]:
+        """Tenants in line that use an equal share or more, and let those who use less go before."""
+        using = (UnitState.OPENING, UnitState.IN_USE, UnitState.DETACHED)
+        active = Counter(unit.shelf.account for unit, state in self.seen.items() if state in using)
+        return [account for account in line if active[account] * len(line) >= self.ledger.limits.connections]
+
     def obey(self) -> None:
         """Do what the ledger said, as a shell does after each call."""
         for unit in self.ledger.to_close:
@@ -87,6 +94,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert claim in self.waiting, "a verdict for somebody who does not wait"
             assert claim.verdict is not None
             assert (claim.verdict is Verdict.EXPIRED) == (claim.deadline <= self.now) or claim.verdict is Verdict.RETIRED
+            sated = self.sated(self.line[claim.work])
             self.waiting.remove(claim)
             self.settle(claim)
             if claim.verdict in GRANTED and claim.unit is not self.handed_on:  # by its tenant's turn
@@ -94,7 +102,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 if claim.verdict is Verdict.OPEN:  # which any claim of the tenant could have been served by
                     mine = [c for c in self.waiting if (c.shelf.account, c.work) == (account, claim.work) and c.deadline > self.now]
                     assert all(c.number > claim.number for c in mine)
-                passed_over.append((claim.work, line[: line.index(account)]))
+                ahead = line[: line.index(account)]
+                passed_over.append((claim.work, [other for other in ahead if account in sated or other not in sated]))
                 line.remove(account)
                 line.append(account)
         self.ledger.granted.clear()

@@ -116,7 +116,15 @@ class ServerBudget:
         self._reaper.due(self.clock() + self._limits.idle_timeout)
 
     def reopen(self, unit: Unit) -> None:
-        self._under_lock(lambda ledger: ledger.reopen(unit))
+        """A lease has lost its connection and opens anew, in the same place."""
+        reason, unit.reason = unit.reason or "invalidated", ""
+
+        def tell(ledger: Ledger) -> None:
+            ledger.reopen(unit)
+            ledger.counts.closes[reason] = ledger.counts.closes.get(reason, 0) + 1
+
+        self._under_lock(tell)
+        self.emit("ConnectionClosed", self.server, _label(unit), reason)
 
     def give_back(self, unit: Unit, reason: str = "") -> None:
         """The lease has ended, from any thread and at any moment. With a ``reason`` the connection is closed."""

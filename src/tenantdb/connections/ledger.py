@@ -14,7 +14,8 @@ Checked after every step of random histories (tests/unit/test_ledger_machine.py)
 3. On one shelf and in one class claims are served in order of arrival. Tenants stand in line, once each however many wait; whose turn it is
    goes to the end. A connection that comes back is handed on to its own tenant, out of turn, at most ``quantum`` times in a row, because to
    open one for another tenant takes as long as to serve several. A tenant that cannot be served just now is passed over and keeps its
-   place: one that lost it while it opens would fall behind, and the more so the more of its requests wait.
+   place: one that lost it while it opens would fall behind, and the more so the more of its requests wait. So is one that uses an equal
+   share already, while another that uses less can be served.
 4. A tenant has at most ``per_tenant`` units, unless that was lowered, and opens one at a time: the connection that comes back first serves
    the next in line, and a server that has just restarted is not stormed. A lease that opens anew (`Ledger.reopen`) waits for nobody.
 5. Interactive work leaves alone what is reserved for background work and administration; background work beyond its reservation leaves
@@ -91,7 +92,7 @@ class Limits:
     administration: int = 0
     headroom: int = 0
     max_waiting: int = 10_000
-    quantum: int = 4
+    quantum: int = 16
     idle_timeout: float = _NEVER
 
     @property
@@ -490,13 +491,22 @@ class Ledger:
         return False
 
     def _first(self, turns: OrderedDict[Account, None], work: Work, now: float) -> Claim | None:
-        """The claim of a class whose turn it is. A tenant that cannot be served keeps its place in line; it has a connection or opens one,
-        so there are never more of them to pass over than the budget has connections."""
+        """The claim of a class whose turn it is: of the tenants that use less than an equal share, or else of all, the first in line.
+
+        A tenant that is passed over keeps its place. It has a connection or opens one, so there are never more of them to pass over than
+        the budget has connections.
+        """
+        sharers, otherwise = len(turns), None
         for account in turns:
+            has_its_share = (account.held - account.idle - account.closing) * sharers >= self._connections
+            if has_its_share and otherwise is not None:
+                continue
             claim = self._next(account, work, now)
             if claim is not None:
-                return claim
-        return None
+                if not has_its_share:
+                    return claim
+                otherwise = claim
+        return otherwise
 
     def _next(self, account: Account, work: Work, now: float) -> Claim | None:
         """Of a tenant's claims that can be served, the one that has waited longest."""

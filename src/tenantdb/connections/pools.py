@@ -180,7 +180,7 @@ class TenantPool(BudgetedPool):
         began = budget.clock()
         self._opening.add(unit)
         try:
-            self._await_place(unit)
+            self._await_place(unit, record.deadline)
             connection = self._connect(record.deadline)
         finally:
             self._opening.discard(unit)
@@ -194,15 +194,18 @@ class TenantPool(BudgetedPool):
         budget.emit("ConnectionOpened", budget.server, source.label, now - began)
         return connection
 
-    def _await_place(self, unit: Unit) -> None:
-        """Until the server has let go of what was in this place before."""
+    def _await_place(self, unit: Unit, deadline: float) -> None:
+        """Until the server has let go of what was in this place before. Raises: `ServerUnavailable` where there is no time for that."""
         if unit.eof is None:
             return
         copy = os.dup(unit.eof)  # the original stays for the case that we are cancelled: somebody else then waits on it
+        patience = min(LONGEST_GOODBYE, max(_SHORTEST_CHECK, deadline - self._budget.clock()))
         if self._is_asyncio:
-            await_in_greenlet(await_hangup(copy, LONGEST_GOODBYE))
+            gone = await_in_greenlet(await_hangup(copy, patience))
         else:
-            wait_for_hangup(copy, LONGEST_GOODBYE)
+            gone = wait_for_hangup(copy, patience)
+        if not gone and patience < LONGEST_GOODBYE:
+            raise ServerUnavailable(self._budget.server, "it did not answer in time")
         descriptor, unit.eof = unit.eof, None
         os.close(descriptor)
 

@@ -59,7 +59,10 @@ class LoopWaiter:
 
     def deliver(self) -> bool:
         try:
-            self._loop.call_soon_threadsafe(self._wake)
+            if asyncio._get_running_loop() is self._loop:
+                self._wake()  # no need to knock at the loop's door from inside
+            else:
+                self._loop.call_soon_threadsafe(self._wake)
         except RuntimeError:  # the loop is closed, and with it everything that waited in it
             return False
         return True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, select
+from sqlalchemy import BindParameter, ColumnElement, Connection, select
 
 from tenantdb.errors import TenantNotFound, UserNotFound
 from tenantdb.model import Tenant, TenantState, User
@@ -13,9 +14,9 @@ from tenantdb.registry.fields import email_key
 from tenantdb.resolvers import tenant_key
 
 
-def tenant_clause(key: str | UUID) -> ColumnElement[bool]:
-    """Which row a key means. A purged tenant is no tenant any more, and a spare is none yet."""
-    column = tables.tenants.c.id if isinstance(key, UUID) else tables.tenants.c.slug
+def tenant_clause(key: str | UUID | BindParameter[Any], kind: type[str] | type[UUID] | None = None) -> ColumnElement[bool]:
+    """Which row a key means; ``kind`` of key where it is a parameter. A purged tenant is no tenant any more, and a spare is none yet."""
+    column = tables.tenants.c.id if kind is UUID or isinstance(key, UUID) else tables.tenants.c.slug
     return (column == key) & tables.tenants.c.slug.is_not(None) & (tables.tenants.c.state != TenantState.PURGED.value)
 
 

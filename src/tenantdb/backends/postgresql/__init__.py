@@ -37,7 +37,7 @@ from tenantdb.settings import POSTGRESQL, ConnectionURL, Settings
 if TYPE_CHECKING:
     from tenantdb.backends.protocols import Wire
 
-_IDENTITY = "SELECT current_database(), tenant_id FROM tenantdb.identity"
+_IDENTITY = b"SELECT current_database(), tenant_id FROM tenantdb.identity"
 
 
 class PostgreSQL:
@@ -71,13 +71,15 @@ class PostgreSQL:
         except psycopg.OperationalError as error:
             raise ConnectFailed(connect_failure(error), connect_problem(error)) from without_frames(error)
         try:
-            _check_identity(connection, tenant, login)
-        except BaseException:
+            _check_identity(dialect, connection, tenant, login, arguments["connect_timeout"])
+        except BaseException as error:
             descriptor = self.wire(dialect, connection).finish()
             if descriptor is not None and dialect.is_async:
                 await_only(await_hangup(descriptor, _GOODBYE))
             elif descriptor is not None:
                 wait_for_hangup(descriptor, _GOODBYE)
+            if isinstance(error, psycopg.OperationalError):
+                raise ConnectFailed(connect_failure(error), connect_problem(error)) from error
             raise
         return connection
 
@@ -155,30 +157,17 @@ def _login(location: Location) -> str:
     return role or ""
 
 
-def _driver(connection: Any) -> Any:
-    """psycopg's own connection under the asyncio adapter, if there is one."""
-    return getattr(connection, "driver_connection", connection)
-
-
-def _check_identity(connection: Any, tenant: Tenant, role: str) -> None:
+def _check_identity(dialect: Dialect, connection: Any, tenant: Tenant, role: str, timeout: float) -> None:
     """Once per physical connection, before any statement of the application. Raises: `WrongDatabase`."""
-    info = _driver(connection).info
-    if info.parameter_status("is_superuser") != "off":
+    driver = dialect.get_driver_connection(connection)
+    if driver.info.parameter_status("is_superuser") != "off":
         raise WrongDatabase(tenant.slug, "the login is a superuser")
-    if info.parameter_status("session_authorization") != role:
+    if driver.info.parameter_status("session_authorization") != role:
         raise WrongDatabase(tenant.slug, "the session runs as another role")
-    connection.autocommit = True  # one round trip instead of three, and no transaction left open
     try:
-        cursor = connection.cursor()
-        try:
-            cursor.execute(_IDENTITY)
-            rows = cursor.fetchall()
-        except psycopg.Error as error:
-            raise WrongDatabase(tenant.slug, "the database carries no identity stamp that this role can read") from error
-        finally:
-            cursor.close()
-    finally:
-        if not connection.closed:
-            connection.autocommit = False
-    if [(name, str(found)) for name, found in rows] != [(tenant.database, str(tenant.id))]:
+        asked = driver.ask(_IDENTITY, timeout)
+        rows = await_only(asked) if dialect.is_async else asked
+    except psycopg.ProgrammingError as error:
+        raise WrongDatabase(tenant.slug, "the database carries no identity stamp that this role can read") from error
+    if rows != [(tenant.database, str(tenant.id))]:
         raise WrongDatabase(tenant.slug, "its identity stamp names another tenant")

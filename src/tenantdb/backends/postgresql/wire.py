@@ -52,6 +52,20 @@ _GOOD = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 _OPEN = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
 
+_SILENCE = "timeout: the server did not answer a question about the session"
+
+Rows = list[tuple[str | None, ...]]
+
+
+def _rows(results: list[Any]) -> Rows:
+    for result in results:
+        if result.status not in _GOOD:
+            raise psycopg.errors.error_from_result(result)
+    *_, last = results
+    values = [[last.get_value(row, column) for column in range(last.nfields)] for row in range(last.ntuples)]
+    return [tuple(None if value is None else value.decode() for value in row) for row in values]
+
+
 @functools.cache
 def reset_message(*, rollback: bool, temporary: bool, prepared: bool) -> bytes:
     """The reset. DISCARD ALL would do more (it throws away psycopg's prepared statements and cached plans) and cannot follow ROLLBACK."""
@@ -153,6 +167,16 @@ class _Wire(psycopg.BaseConnection[Any]):
     def _is_entangled(self) -> bool:
         return bool(self._pipeline or self._tpc or self._num_transactions)
 
+    def _gather(self, results: list[Any]) -> bool:
+        """Read what has arrived of an answer. True when it is complete."""
+        self.pgconn.consume_input()
+        while not self.pgconn.is_busy():
+            result = self.pgconn.get_result()
+            if result is None:
+                return True
+            results.append(result)
+        return False
+
     def _rolls_back_later(self) -> bool:
         """Instead of a rollback, where that is allowed."""
         if self._pending:
@@ -238,6 +262,15 @@ class Wire(_Wire, psycopg.Connection[Any]):
             super().wait(self._drain())
         return super().wait(gen, *args, **kwargs)
 
+    def ask(self, question: bytes, timeout: float) -> Rows:
+        """The rows of a question of our own as text, in one round trip and no transaction. Raises: what psycopg raises."""
+        deadline, results = time.monotonic() + timeout, list[Any]()
+        self.pgconn.send_query(question)
+        while not self._gather(results):
+            if not is_readable(self.pgconn.socket, deadline - time.monotonic()):
+                raise psycopg.OperationalError(_SILENCE)
+        return _rows(results)
+
     def rollback(self) -> None:
         if not self._rolls_back_later():
             super().rollback()
@@ -267,6 +300,15 @@ class AsyncWire(_Wire, psycopg.AsyncConnection[Any]):
         if self._pending:
             await super().wait(self._drain())
         return await super().wait(gen, *args, **kwargs)
+
+    async def ask(self, question: bytes, timeout: float) -> Rows:
+        """The rows of a question of our own as text, in one round trip and no transaction. Raises: what psycopg raises."""
+        deadline, results = time.monotonic() + timeout, list[Any]()
+        self.pgconn.send_query(question)
+        while not self._gather(results):
+            if not await becomes_readable(self.pgconn.socket, deadline - time.monotonic()):
+                raise psycopg.OperationalError(_SILENCE)
+        return _rows(results)
 
     async def rollback(self) -> None:
         if not self._rolls_back_later():
