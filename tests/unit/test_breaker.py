@@ -163,3 +163,14 @@ def test_a_connect_from_before_it_opened_may_close_it() -> None:
     assert breaker.succeeded() is True  # the server is there, whoever found out
 
     assert breaker.refusal(0.0) is None
+
+
+def test_asking_whether_one_would_be_refused_does_not_use_up_the_probe() -> None:
+    breaker = Breaker()
+    assert breaker.would_refuse(0.0) is None
+    for _ in range(THRESHOLD):
+        breaker.failed(0.0, "nothing listens there", spread=0.5)
+    assert breaker.would_refuse(0.0) == "nothing listens there"
+    assert breaker.would_refuse(100.0) is None
+    assert breaker.refusal(100.0) is None  # the probe
+    assert breaker.would_refuse(100.0) == breaker.refusal(100.0) == "nothing listens there"

@@ -34,12 +34,14 @@ class Breaker:
 
     def refusal(self, now: float) -> str | None:
         """The last failure, for who may not connect now; None for who may, and who then owes `succeeded`, `failed` or `gave_up`."""
-        if not self.is_open:
-            return None
-        if now < self._open_until or now < self._probing_until:
-            return self._problem
-        self._probing_until = now + PROBE_TIMEOUT
-        return None
+        problem = self.would_refuse(now)
+        if problem is None and self.is_open:
+            self._probing_until = now + PROBE_TIMEOUT
+        return problem
+
+    def would_refuse(self, now: float) -> str | None:
+        """The same without the right to connect: for who would have to wait for it."""
+        return self._problem if self.is_open and (now < self._open_until or now < self._probing_until) else None
 
     def succeeded(self) -> bool:
         """A connection stands. True where that closed the breaker."""

@@ -108,6 +108,9 @@ class TenantPool(BudgetedPool):
         now = budget.clock()
         unit = budget.reuse(self.shelf, WORK.get(), now)
         if unit is None:
+            problem = budget.breaker.would_refuse(now)
+            if problem is not None:  # rather than stand in line behind the probe
+                raise ServerUnavailable(budget.server, problem)
             deadline = now + self._timeout
             unit = self._obtain(now, deadline)
             if unit.record is None:
