@@ -119,6 +119,10 @@ class SQLite:
         _send_begin(engine)
 
 
+_closing = threading.Lock()
+"""One file is closed at a time: when the last two connections to one close together, each leaves the write-ahead log to the other."""
+
+
 class FileWire:
     """A file that is handed over from one user to the next: SQLAlchemy's rollback is all there is to undo."""
 
@@ -145,14 +149,23 @@ class FileWire:
         return _true() if self._is_async else True
 
     def finish(self) -> int | None:
-        if self._is_async:
-            # Its own thread closes the file. Called where a loop runs, `stop` would have it report to that loop, which may be gone by then.
-            stopping = threading.Thread(target=self._driver.stop, daemon=True)
-            stopping.start()
-            stopping.join()
-        else:
-            self._connection.close()
-        return None
+        if not self._is_async:
+            with _closing:
+                self._connection.close()
+            return None
+        closed, still_open = os.pipe()
+        os.set_blocking(closed, False)
+        threading.Thread(target=self._stop, args=(still_open,), daemon=True).start()
+        return closed
+
+    def _stop(self, still_open: int) -> None:
+        """In a thread of its own, because the driver's thread closes the file, and reports to the loop in which it is told to, if any."""
+        try:
+            with _closing:
+                self._driver.stop()
+                self._driver._thread.join()
+        finally:
+            os.close(still_open)
 
     def disown(self) -> object:
         inherited = (self._connection, self._driver)
