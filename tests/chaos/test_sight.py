@@ -123,7 +123,7 @@ async def test_a_wrong_database_is_quarantined_with_no_statement_run_and_the_acc
         eventually(lambda: len(quarantines(town, wrong)) == before + 1)
         with town.world.connect(wrong.database or "") as inside:
             assert inside.scalar(text("SELECT name FROM markers")) == wrong.slug
-    Clock(face.db, monkeypatch).step(pools._TENANT_MEMORY)
+    Clock(face.db, monkeypatch).step(pools._QUARANTINE)
     assert await whose(face, wrong)
 
 

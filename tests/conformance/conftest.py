@@ -90,6 +90,7 @@ def new_estate(world: World) -> Estate:
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test repairs is to be seen at once, not when the failure before it is forgotten; tests/chaos has the memory's own tests."""
     monkeypatch.setattr(pools, "_TENANT_MEMORY", 0.0)
+    monkeypatch.setattr(pools, "_QUARANTINE", 0.0)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import Any
 

@@ -14,8 +14,10 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from cachetools import LRUCache
 
 from tenantdb.connections.breaker import Breaker
 from tenantdb.connections.eviction import DuelPolicy
@@ -34,6 +36,7 @@ R = TypeVar("R")
 _NEVER = float("inf")
 PRESSURE_TIME = 10.0  # seconds for which a refusal by the server ("too many clients") makes the budget one smaller
 _SHORTEST_SLEEP = 0.05  # seconds
+_REMEMBERED = 1000  # tenants
 _TOP = 10  # tenants that statistics name
 
 
@@ -64,6 +67,7 @@ class ServerBudget:
         self._lock = threading.Lock()
         self._inbox: deque[Callable[[Ledger], None]] = deque()
         self._pressure: deque[float] = deque()  # when each refusal is forgotten
+        self._failures: LRUCache[Hashable, tuple[Exception, float]] = LRUCache(_REMEMBERED)  # of tenants, with the end of each
 
     # -- asking ------------------------------------------------------------------------------------------------------------------------
 
@@ -273,6 +277,18 @@ class ServerBudget:
 
     def _leases(self) -> list[Unit]:
         return [unit for pool in list(self.pools) for unit in pool.leases()]
+
+    # -- remembering -------------------------------------------------------------------------------------------------------------------
+
+    def failure_of(self, key: Hashable, now: float) -> Exception | None:
+        """What has lately gone wrong with one tenant, and is not to be tried again yet."""
+        known = self._under_lock(lambda _: self._failures.get(key))
+        return known[0] if known is not None and now < known[1] else None
+
+    def remember_failure(self, key: Hashable, error: Exception, until: float) -> None:
+        forgettable = (type(error)(*error.args), until)  # without the traceback, which would keep sessions alive
+        forgettable[0].__cause__ = error.__cause__
+        self._under_lock(lambda _: self._failures.__setitem__(key, forgettable))
 
     # -- the lock ----------------------------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 WORK: ContextVar[Work] = ContextVar("tenantdb_work", default=Work.INTERACTIVE)
 """Why the running code wants connections."""
 
+_QUARANTINE = 30.0  # seconds until a tenant whose database turned out to be another's is tried again
 _TENANT_MEMORY = 1.0  # seconds for which a failure of one tenant is repeated to whoever asks, without asking its server again
 _RETRY_FIRST = 0.05  # seconds
 _RETRY_LONGEST = 1.0
@@ -45,7 +46,7 @@ _LIFETIME_SPREAD = 0.1  # connections born together do not die together
 
 
 class Source:
-    """Where a pool's connections come from, and what has lately gone wrong there. Shared by a pool and those that take its place."""
+    """Where a pool's connections come from. Shared by a pool and those that take its place."""
 
     def __init__(
         self,
@@ -67,8 +68,8 @@ class Source:
         self.on_wrong_database = on_wrong_database
         self.is_async = is_async
         self.parks = parks  # whether a connection that comes back waits for the next user
-        self.failure: Exception | None = None
-        self.failed_until = 0.0
+        tenant = location.tenant
+        self.key = (tenant.id.int, tenant.generation, location.role)
 
     @property
     def label(self) -> str:
@@ -192,7 +193,7 @@ class TenantPool(BudgetedPool):
         self._engine = None if self._engine_ref is None else self._engine_ref()
         now = budget.clock()
         lifetime = source.settings.budget.max_lifetime * (1 - _LIFETIME_SPREAD * random.random())
-        unit.idle_since = now
+        unit.idle_since, unit.reason = now, ""
         budget.opened(unit, now + lifetime)
         budget.emit("ConnectionOpened", budget.server, source.label, now - began)
         return connection
@@ -222,8 +223,9 @@ class TenantPool(BudgetedPool):
         pause = _RETRY_FIRST
         while True:
             now = budget.clock()
-            if source.failure is not None and now < source.failed_until:
-                raise source.failure.with_traceback(None)
+            known = budget.failure_of(source.key, now)
+            if known is not None:
+                raise type(known)(*known.args) from known.__cause__
             refusal = budget.breaker.refusal(now)
             if refusal is not None:
                 raise ServerUnavailable(budget.server, refusal)
@@ -231,7 +233,7 @@ class TenantPool(BudgetedPool):
                 connection = source.product.open(source.template.dialect, source.location, source.settings, timeout=deadline - now)
             except WrongDatabase as error:
                 budget.breaker.gave_up()
-                self._remember(error)
+                budget.remember_failure(source.key, error, now + _QUARANTINE)
                 budget.emit("TenantQuarantined", budget.server, source.label, error.problem)
                 source.on_wrong_database(source.location.tenant, error)
                 raise
@@ -255,7 +257,8 @@ class TenantPool(BudgetedPool):
         cause = error.__cause__
         if error.kind is FailureClass.TENANT:
             budget.breaker.gave_up()
-            self._remember(unavailable)
+            unavailable.__cause__ = cause
+            budget.remember_failure(self.source.key, unavailable, now + _TENANT_MEMORY)
             raise unavailable from cause
         if error.kind is FailureClass.CAPACITY:
             budget.breaker.gave_up()
@@ -265,10 +268,6 @@ class TenantPool(BudgetedPool):
             budget.emit("ServerDown", budget.server, error.problem)
         if budget.breaker.is_open or now + 2 * pause >= deadline:
             raise unavailable from cause
-
-    def _remember(self, error: Exception) -> None:
-        self.source.failure = error
-        self.source.failed_until = self.source.budget.clock() + _TENANT_MEMORY
 
     def _sleep(self, seconds: float) -> None:
         if self._is_asyncio:
