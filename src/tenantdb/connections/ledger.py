@@ -27,11 +27,26 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tenantdb.model import StrEnum
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class EvictionPolicy(Protocol):
+        """Whose idle connection goes when a place is needed."""
+
+        def used(self, tenant: Hashable, *, scan: bool = False) -> None:
+            """A connection of the tenant is checked out, now or as soon as there is one."""
+
+        def victim(self, idle: Mapping[Hashable, int]) -> Hashable:
+            """The tenant, of those with idle connections, that loses one."""
+
+        def resize(self, slots: int) -> None: ...
+
 
 _NEVER = float("inf")
 
@@ -68,18 +83,6 @@ class Verdict(StrEnum):
 _BACKGROUND = Work.BACKGROUND
 _IN_USE, _IDLE = UnitState.IN_USE, UnitState.IDLE
 _WORK = tuple(Work)
-
-
-class EvictionPolicy(Protocol):
-    """Whose idle connection goes when a place is needed."""
-
-    def used(self, tenant: Hashable, *, scan: bool = False) -> None:
-        """A connection of the tenant is checked out, now or as soon as there is one."""
-
-    def victim(self, idle: Mapping[Hashable, int]) -> Hashable:
-        """The tenant, of those with idle connections, that loses one."""
-
-    def resize(self, slots: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,16 +179,14 @@ class Claim:
         self.waiter: Any = None
 
 
-@dataclass(slots=True)
 class Counts:
     """What has happened so far."""
 
-    opens: int = 0
-    reuses: int = 0
-    waits: int = 0
-    refusals: int = 0
-    timeouts: int = 0
-    closes: dict[str, int] = field(default_factory=dict)
+    __slots__ = ("closes", "opens", "refusals", "reuses", "timeouts", "waits")
+
+    def __init__(self) -> None:
+        self.opens = self.reuses = self.waits = self.refusals = self.timeouts = 0
+        self.closes: dict[str, int] = {}  # by reason
 
 
 class Ledger:
