@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -41,6 +42,7 @@ def tenants(town: Town) -> list[Tenant]:
 def process(town: Town) -> Iterator[MakeProcess]:
     """Makes processes of the town's application, which know all tenants there are. ``connections`` is for tenants of ``near``."""
     made: list[TenantDB] = []
+    others = threading.enumerate()
 
     def make(connections: int = 10, *, server: str = "near", **options: Any) -> TenantDB:
         known = town.near if server == "near" else town.far
@@ -53,7 +55,7 @@ def process(town: Town) -> Iterator[MakeProcess]:
     yield make
     gc.collect()
     town.proxy.heal()
-    nothing_left(town, made)
+    nothing_left(town, made, others)
 
 
 @pytest.fixture

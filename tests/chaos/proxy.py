@@ -24,7 +24,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._flows = asyncio.Event()
-        self._listening: asyncio.Task[None] | None = None
+        self._listening: socket.socket | None = None
         self._links: set[asyncio.Task[None]] = set()
         self.port = 0
         self.arrivals = 0  # connections that were accepted so far
@@ -72,12 +72,13 @@ class Proxy:
             listener = socket.create_server((self.host, self.port), backlog=512)
             listener.setblocking(False)
             self.port = listener.getsockname()[1]
-            self._listening = asyncio.create_task(self._accept(listener))
+            self._listening = listener
+            self._loop.add_reader(listener, self._accept, listener)
 
     async def _unlisten(self) -> None:
         if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.wait([self._listening])
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
             self._listening = None
 
     async def _drop(self) -> None:
@@ -86,16 +87,18 @@ class Proxy:
         if self._links:
             await asyncio.wait(self._links)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        with listener:
-            while True:
-                here, _ = await self._loop.sock_accept(listener)
-                here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                self.arrivals += 1
-                link = asyncio.create_task(self._link(here))
-                self._links.add(link)
-                link.add_done_callback(self._links.discard)
-                link.add_done_callback(lambda _, here=here: here.close())  # also of one that is cut off before it has begun
+    def _accept(self, listener: socket.socket) -> None:
+        """Not by a coroutine, which may be cancelled with a connection in its hands."""
+        try:
+            here, _ = listener.accept()
+        except BlockingIOError:
+            return
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.arrivals += 1
+        link = self._loop.create_task(self._link(here))
+        self._links.add(link)
+        link.add_done_callback(self._links.discard)
+        link.add_done_callback(lambda _, here=here: here.close())  # also of one that is cut off before it has begun
 
     async def _link(self, here: socket.socket) -> None:
         with socket.socket() as there, contextlib.suppress(OSError):

@@ -265,7 +265,7 @@ async def test_a_network_that_falls_silent_and_then_drops_costs_those_in_use_one
 
 async def test_a_network_that_falls_silent_for_a_while_loses_nothing(slow_face: MakeFace, proxy: Proxy, far: list[Tenant]) -> None:
     face = slow_face(6, server="far", acquire_timeout=20.0)
-    async with Load(face, far, 8) as load:
+    async with Load(face, far, 16) as load:
         await load.goes_on()
         proxy.stall()
         while stats_of(face.db, "far").waiting == 0:

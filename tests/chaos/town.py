@@ -169,8 +169,8 @@ class Watch:
         self._thread.join()
 
 
-def nothing_left(town: Town, made: Sequence[TenantDB]) -> None:
-    """The end of every test: the accounts are straight, nothing is open, no thread runs."""
+def nothing_left(town: Town, made: Sequence[TenantDB], others: Sequence[threading.Thread]) -> None:
+    """The end of every test: the accounts are straight, nothing is open, no thread runs but the ``others`` that were there before."""
     for db in made:
         eventually_rests(db)
     for db in made:
@@ -178,7 +178,7 @@ def nothing_left(town: Town, made: Sequence[TenantDB]) -> None:
     for db in made:
         eventually(lambda db=db: all(stats.held == 0 for stats in db.stats()))  # type: ignore[misc]
     eventually(lambda: town.backends() == 0)
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("tenantdb-")])
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("tenantdb-") and thread not in others])
 
 
 def eventually_rests(db: TenantDB) -> None:
