@@ -133,7 +133,8 @@ class PostgreSQLWorld(World):
 
     def open_connections(self, db: TenantDB, tenants: Sequence[Tenant]) -> int:
         row = self.superuser.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = ANY(%s)", [[tenant.database for tenant in tenants]]
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = ANY(%s) AND backend_type = 'client backend'",
+            [[tenant.database for tenant in tenants]],
         ).fetchone()
         return int(row[0]) if row else 0
 

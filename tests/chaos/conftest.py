@@ -20,7 +20,7 @@ from tests.world import pg_world
 
 @pytest.fixture(scope="session")
 def town() -> Iterator[Town]:
-    with pg_world(max_connections=str(MAX_CONNECTIONS)) as world, Proxy(world.server.port) as proxy:
+    with pg_world(max_connections=str(MAX_CONNECTIONS), autovacuum="off") as world, Proxy(world.server.port) as proxy:
         yield Town(world, proxy)
 
 

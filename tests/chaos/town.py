@@ -153,7 +153,12 @@ class Watch:
         with psycopg.connect(self._town.world.superuser_url, autocommit=True) as eye:
 
             def there() -> set[int]:
-                return {pid for (pid,) in eye.execute("SELECT pid FROM pg_stat_activity WHERE datname = ANY(%s)", [names])}
+                return {
+                    pid
+                    for (pid,) in eye.execute(
+                        "SELECT pid FROM pg_stat_activity WHERE datname = ANY(%s) AND backend_type = 'client backend'", [names]
+                    )
+                }
 
             while not self._over.is_set():
                 self.peak = max(self.peak, len(there() & there()))

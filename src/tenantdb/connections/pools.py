@@ -16,6 +16,7 @@ import weakref
 from asyncio import current_task
 from collections.abc import Iterator
 from contextvars import ContextVar
+from sys import is_finalizing
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -307,7 +308,8 @@ class TenantPool(BudgetedPool):
         else:
             budget.detach(unit)
             wire, unit.wire = unit.wire, None  # the finalizer holds the unit, which must not keep the connection alive
-            weakref.finalize(wire, self._lost, detached, unit).atexit = False
+            if not is_finalizing():  # the end of the interpreter collects leases too, and then nothing can be registered any more
+                weakref.finalize(wire, self._lost, detached, unit).atexit = False
 
     def _lost(self, key: int, unit: Unit) -> None:
         """A detached connection was collected; the driver has closed it."""
