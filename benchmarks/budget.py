@@ -23,15 +23,14 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 import psycopg
-from sqlalchemy import Text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 
 from benchmarks.measure import Result
 from benchmarks.peers import AsyncSessions, Login, Logins, Sessions
 from benchmarks.peers.lru_engines import LRUEngines
 from benchmarks.peers.nullpool import ConnectPerRequest
-from benchmarks.world import World, clone_tenants, embedded_world, login_of, provision_with_marker, temporary_files_in_memory
+from benchmarks.world import Marker, World, clone_tenants, embedded_world, login_of, provision_with_marker, temporary_files_in_memory
 from tenantdb import AsyncTenantDB, Budget, Settings, TenantDB
 
 LIMIT = 60
@@ -43,16 +42,6 @@ _SERVER = {"max_connections": "100", "autovacuum": "off"}
 _SAMPLE_SECONDS = 0.004
 QUICK_SECONDS, FULL_SECONDS = 80, 900  # on a machine so slow that they pass, there are fewer rounds
 _DRAIN_SECONDS = 2.0  # for backends of connections that were closed
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Marker(Base):
-    __tablename__ = "markers"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(Text)
 
 
 def make_db(world: World) -> TenantDB:

@@ -13,27 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg
-from sqlalchemy import Text, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import select
 
 from benchmarks.measure import Result
 from benchmarks.peers import Login
-from benchmarks.world import clone_tenants, embedded_world, login_of, provision_with_marker, temporary_files_in_memory
+from benchmarks.world import Marker, clone_tenants, embedded_world, login_of, provision_with_marker, temporary_files_in_memory
 from tenantdb import AsyncTenantDB, TenantDB
 
 TENANTS = 30
 _QUERY = "SELECT markers.name FROM markers WHERE markers.id = %s"
 _GONE_SECONDS = 5.0
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Marker(Base):
-    __tablename__ = "markers"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(Text)
 
 
 _STATEMENT = select(Marker.name).where(Marker.id == 1)

@@ -15,7 +15,8 @@ from uuid import uuid4
 
 import psycopg
 from psycopg import sql
-from sqlalchemy import URL, insert, select
+from sqlalchemy import URL, Text, insert, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from benchmarks.peers import Login
 from tenantdb import Tenant, TenantDB
@@ -91,6 +92,18 @@ def login_of(db: TenantDB, slug: str) -> Login:
 
 
 MARKERS = "CREATE TABLE markers (id integer PRIMARY KEY, name text NOT NULL)"
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Marker(Base):
+    """The row that says whose database this is, as the application maps it."""
+
+    __tablename__ = "markers"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
 
 
 def provision_with_marker(db: TenantDB, slug: str) -> Tenant:

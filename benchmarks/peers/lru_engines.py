@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -147,34 +148,25 @@ class LRUEngines:
     def _engine(self, slug: str) -> Engine:
         engine = self._engines.get(slug)
         if engine is None:
-            login = self._logins[slug]
-            made = create_engine(
-                login.url,
-                connect_args=dict(login.connect_args),
-                poolclass=QueuePool,
-                pool_size=self._pool_size,
-                max_overflow=0,
-                pool_timeout=_TIMEOUT,
-                use_native_hstore=False,
-            )
+            made = create_engine(self._logins[slug].url, poolclass=QueuePool, **self._options(slug))
             engine = self._engines.setdefault(slug, made)
         return engine
 
     def _async_engine(self, slug: str) -> AsyncEngine:
         engine = self._async_engines.get(slug)
         if engine is None:
-            login = self._logins[slug]
-            made = create_async_engine(
-                login.url,
-                connect_args=dict(login.connect_args),
-                poolclass=AsyncAdaptedQueuePool,
-                pool_size=self._pool_size,
-                max_overflow=0,
-                pool_timeout=_TIMEOUT,
-                use_native_hstore=False,
-            )
+            made = create_async_engine(self._logins[slug].url, poolclass=AsyncAdaptedQueuePool, **self._options(slug))
             engine = self._async_engines.setdefault(slug, made)
         return engine
+
+    def _options(self, slug: str) -> dict[str, Any]:
+        return {
+            "connect_args": dict(self._logins[slug].connect_args),
+            "pool_size": self._pool_size,
+            "max_overflow": 0,
+            "pool_timeout": _TIMEOUT,
+            "use_native_hstore": False,
+        }
 
 
 def _set_soon(loop: asyncio.AbstractEventLoop, entered: asyncio.Future[None]) -> None:

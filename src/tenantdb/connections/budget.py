@@ -158,14 +158,18 @@ class ServerBudget:
         """The connection of a unit has been closed, or never came to be. Its place is free once the server has let go of it, and of the
         victim that it was to take the place of."""
         if after is not None:
-            self.close_victim(after)
-            unit.eof, after.eof = after.eof, None
+            self.take_over(unit, after)
         self._tell(lambda ledger: self._dropped(ledger, unit, reason))
 
     def _dropped(self, ledger: Ledger, unit: Unit, reason: str) -> None:
         if unit.state is not UnitState.GONE and unit.state is not UnitState.CLOSING:
             ledger.closes(unit, reason, self.clock())
             ledger.to_close.append(unit)
+
+    def take_over(self, unit: Unit, victim: Unit) -> None:
+        """Close the connection in whose place a unit will be opened; the unit's ``eof`` tells when the server has let go of it."""
+        self.close_victim(victim)
+        unit.eof, victim.eof = victim.eof, None
 
     def close_victim(self, victim: Unit) -> None:
         """Close the connection of an idle unit whose place was given away; its ``eof`` is what to wait for."""

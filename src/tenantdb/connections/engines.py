@@ -13,8 +13,8 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from sqlalchemy import event
@@ -25,6 +25,7 @@ from tenantdb.backends import Location, backend
 from tenantdb.connections.budget import ServerBudget
 from tenantdb.connections.ledger import Work
 from tenantdb.connections.locate import Locator, ensure_servable
+from tenantdb.connections.places import hold_place
 from tenantdb.connections.pools import WORK, Source, TenantPool
 from tenantdb.connections.reaper import Reaper
 from tenantdb.connections.share import limits_of
@@ -42,6 +43,10 @@ logger = logging.getLogger("tenantdb.connections")
 
 Lane = asyncio.AbstractEventLoop | None
 """An event loop, or None for the threads."""
+
+
+_Engines = weakref.WeakValueDictionary[int, TenantEngine]
+"""One lane's, by the number of the tenant's id."""
 
 
 class _OnServer:
@@ -63,8 +68,7 @@ class Engines:
         self._settings = settings
         self._on_wrong_database = on_wrong_database
         self._servers: dict[UUID, _OnServer] = {}
-        self._lanes: dict[Lane, weakref.WeakValueDictionary[int, TenantEngine]] = {None: weakref.WeakValueDictionary()}
-        self._passing: weakref.WeakSet[TenantPool] = weakref.WeakSet()
+        self._lanes: dict[Lane, _Engines] = {None: weakref.WeakValueDictionary()}
         self._lock = threading.RLock()  # RLock: a listener that makes an engine may look one up
         self._listeners: list[tuple[str, Callable[..., Any]]] = []
         self._observers: list[Callable[[Event], object]] = []
@@ -76,10 +80,7 @@ class Engines:
     def engine_of(self, record: TenantRecord, key: Hashable) -> TenantEngine:
         """The threads' engine of a tenant; ``key`` is how the caller named it. Raises: what `ensure_servable` raises."""
         tenant = ensure_servable(record.tenant, key)
-        engine = self._lanes[None].get(tenant.id.int)
-        if engine is not None and engine.pool.generation >= tenant.generation:  # type: ignore[attr-defined]
-            return engine
-        return self._make(record, None)
+        return _current(self._lanes[None], tenant) or self._make(record, None)
 
     def async_engine_of(self, record: TenantRecord, key: Hashable) -> AsyncEngine:
         """The running event loop's engine of a tenant."""
@@ -90,11 +91,7 @@ class Engines:
         tenant = ensure_servable(record.tenant, key)
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(loop)
-        if lane is not None:
-            engine = lane.get(tenant.id.int)
-            if engine is not None and engine.pool.generation >= tenant.generation:  # type: ignore[attr-defined]
-                return engine
-        return self._make(record, loop)
+        return (None if lane is None else _current(lane, tenant)) or self._make(record, loop)
 
     @contextlib.contextmanager
     def passing(self, record: TenantRecord, role: DatabaseRole) -> Iterator[Engine]:
@@ -102,7 +99,6 @@ class Engines:
         migrations. It draws on the budget as everything does."""
         location = self._locator.locate(record, role)
         pool = TenantPool(self._source(location, is_async=False, parks=False))
-        self._passing.add(pool)
         engine = TenantEngine(pool, backend(location.server.backend).url(location), pool.source.template)
         try:
             with working(Work.ADMINISTRATION):
@@ -119,15 +115,15 @@ class Engines:
             if lane is None:
                 self._drop_closed_loops()
                 lane = self._lanes.setdefault(loop, weakref.WeakValueDictionary())
+            if (made := _current(lane, tenant)) is not None:  # by somebody else, meanwhile
+                return made
             old = lane.get(tenant.id.int)
-            if old is not None and old.pool.generation >= tenant.generation:  # type: ignore[attr-defined]
-                return old
             pool = TenantPool(source)
             engine = TenantEngine(pool, backend(location.server.backend).url(location), source.template)
             pool.belongs_to(engine)
             lane[tenant.id.int] = engine
         if old is not None:
-            old.pool.retire()  # type: ignore[attr-defined]
+            _retire([old])
         return engine
 
     def _source(self, location: Location, *, is_async: bool, parks: bool) -> Source:
@@ -172,8 +168,6 @@ class Engines:
     @contextlib.contextmanager
     def place(self, server: Server, label: str) -> Iterator[None]:
         """A place in a server's budget for a connection that is no tenant's, such as the provisioner's, while the block lasts."""
-        from tenantdb.connections.places import hold_place
-
         with hold_place(self.budget_of(server), label, self._settings.budget.acquire_timeout):
             yield
 
@@ -186,7 +180,7 @@ class Engines:
         for lane in lanes:
             engine = lane.pop(tenant_id.int, None)
             if engine is not None:
-                engine.pool.retire()  # type: ignore[attr-defined]
+                _retire([engine])
 
     def close(self) -> None:
         """Close idle connections; leased ones close when they come back. Waits until the servers have let go. May be called twice."""
@@ -194,8 +188,7 @@ class Engines:
             engines = [engine for lane in self._lanes.values() for engine in list(lane.values())]
             for lane in self._lanes.values():
                 lane.clear()
-        for engine in engines:
-            engine.pool.retire()  # type: ignore[attr-defined]
+        _retire(engines)
         for on_server in list(self._servers.values()):
             on_server.budget.close_idle("closed")
         self._drop_closed_loops()
@@ -205,16 +198,15 @@ class Engines:
         """Close the idle connections of the running event loop."""
         with self._lock:
             lane = self._lanes.pop(asyncio.get_running_loop(), None)
-        for engine in list(lane.values()) if lane else ():
-            engine.pool.retire()  # type: ignore[attr-defined]
+        if lane is not None:
+            _retire(list(lane.values()))
 
     def _drop_closed_loops(self) -> None:
         """Connections of a loop that is closed can never be used again. They are closed by hand, for nothing can be awaited there."""
         with self._lock:
             closed = [self._lanes.pop(loop) for loop in list(self._lanes) if loop is not None and loop.is_closed()]
         for lane in closed:
-            for engine in list(lane.values()):
-                engine.pool.retire()  # type: ignore[attr-defined]
+            _retire(list(lane.values()))
 
     def _maintain(self, now: float) -> float:
         if any(loop is not None and loop.is_closed() for loop in list(self._lanes)):
@@ -264,13 +256,27 @@ class Engines:
 
     def start_empty(self) -> object:
         """In the child after a fork: see `tenantdb.forking`."""
-        inherited: list[object] = [self._lanes, self._passing, self._servers, self._reaper.start_empty()]
+        inherited: list[object] = [self._lanes, self._servers, self._reaper.start_empty()]
         inherited += [on_server.budget.start_empty() for on_server in self._servers.values()]
         self._lock = threading.RLock()
         self._lanes = {None: weakref.WeakValueDictionary()}
-        self._passing = weakref.WeakSet()
         self._servers = {}
         return inherited
+
+
+def _current(lane: _Engines, tenant: Tenant) -> TenantEngine | None:
+    """The tenant's engine, unless it is of an older generation than the record. One that is newer knows better than the record."""
+    engine = lane.get(tenant.id.int)
+    return engine if engine is not None and _pool(engine).generation >= tenant.generation else None
+
+
+def _retire(engines: Sequence[TenantEngine]) -> None:
+    for engine in engines:
+        _pool(engine).retire()
+
+
+def _pool(engine: TenantEngine) -> TenantPool:
+    return cast("TenantPool", engine.pool)
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ def hold_place(budget: ServerBudget, label: str, timeout: float) -> Iterator[Non
     if claim.unit is None:
         raise BudgetExhausted(label, budget.clock() - began, budget.stats(), [])
     if claim.victim is not None:
-        budget.close_victim(claim.victim)
-        claim.unit.eof, claim.victim.eof = claim.victim.eof, None
+        budget.take_over(claim.unit, claim.victim)
     budget.opened(claim.unit, float("inf"))
     try:
         yield

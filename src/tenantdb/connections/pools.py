@@ -25,7 +25,7 @@ from sqlalchemy.engine import Engine
 from tenantdb.backends import ConnectFailed, FailureClass, Location
 from tenantdb.backends.hangup import await_hangup, wait_for_hangup
 from tenantdb.connections.budget import ServerBudget
-from tenantdb.connections.ledger import Claim, Unit, UnitState, Verdict, Work
+from tenantdb.connections.ledger import Shelf, Unit, UnitState, Verdict, Work
 from tenantdb.connections.reaper import LONGEST_GOODBYE
 from tenantdb.connections.sqla import BudgetedPool, Record
 from tenantdb.connections.waiting import LoopWaiter, ThreadWaiter, await_in_greenlet
@@ -76,6 +76,9 @@ class Source:
     def label(self) -> str:
         return self.location.tenant.slug
 
+    def new_shelf(self) -> Shelf:
+        return self.budget.shelf(self.location.tenant.id.int, self.label)
+
 
 class TenantPool(BudgetedPool):
     """The pool under the engine of one (tenant, generation, role, lane)."""
@@ -84,7 +87,7 @@ class TenantPool(BudgetedPool):
         super().__init__(source.template)
         self._is_asyncio = source.is_async
         self.source = source
-        self.shelf = source.budget.shelf(source.location.tenant.id.int, source.label)
+        self.shelf = source.new_shelf()
         self.retired = False
         self.generation = source.location.tenant.generation
         self._engine: Any = None  # for as long as there are connections; an engine that nobody holds may go with its last one
@@ -142,7 +145,9 @@ class TenantPool(BudgetedPool):
             if claim.waiter is not None or claim.unit is None:
                 budget.emit("Waited", budget.server, self.source.label, budget.clock() - began, claim.unit is not None)
             if claim.unit is not None:
-                return self._prepared(claim, claim.unit)
+                if claim.victim is not None:
+                    budget.take_over(claim.unit, claim.victim)
+                return claim.unit
             if claim.verdict is Verdict.RETIRED and not self.retired and shelf is not self.shelf:
                 continue  # `Engine.dispose` while we waited
             if self.retired or claim.verdict is Verdict.RETIRED:
@@ -151,12 +156,6 @@ class TenantPool(BudgetedPool):
             raise BudgetExhausted(
                 self.source.label, budget.clock() - began, budget.stats(), held, queue_full=claim.verdict is Verdict.REFUSED
             )
-
-    def _prepared(self, claim: Claim, unit: Unit) -> Unit:
-        if claim.victim is not None:
-            self.source.budget.close_victim(claim.victim)
-            unit.eof, claim.victim.eof = claim.victim.eof, None
-        return unit
 
     def _check(self, unit: Unit, now: float) -> None:
         """Make sure of an idle connection before a statement is sent: read the answer to its reset, look at its socket, and ask the server
@@ -342,7 +341,7 @@ class TenantPool(BudgetedPool):
 
     def dispose(self) -> None:
         """Close what is idle, and what is leased when it comes back. The pool goes on with new connections."""
-        old, self.shelf = self.shelf, self.source.budget.shelf(self.source.location.tenant.id.int, self.source.label)
+        old, self.shelf = self.shelf, self.source.new_shelf()
         self.source.budget.retire(old)
 
     def retire(self) -> None:

@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tenantdb.backends.hangup import has_hung_up
+
 if TYPE_CHECKING:
     from tenantdb.connections.budget import ServerBudget
     from tenantdb.connections.ledger import Unit
@@ -114,7 +116,7 @@ class Reaper:
                     if key.fileobj is mine:
                         with contextlib.suppress(BlockingIOError):
                             mine.recv(4096)
-                    elif _at_end(key.fd):
+                    elif has_hung_up(key.fd):
                         self._let_go(selector, watched, key.fd)
 
     def _look_after(self, selector: selectors.BaseSelector, watched: dict[int, tuple[ServerBudget, Unit, float]]) -> float:
@@ -144,15 +146,3 @@ class Reaper:
         os.close(descriptor)
         budget, unit, _ = watched.pop(descriptor)
         budget.free(unit)
-
-
-def _at_end(descriptor: int) -> bool:
-    """Read what was still under way, and see whether the server has hung up."""
-    try:
-        while os.read(descriptor, 65536):
-            pass
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
