@@ -116,7 +116,7 @@ def test_a_newer_registry_is_served_as_long_as_it_says_this_code_may(
     set_meta(registry, revision="9999", oldest_reader=schema.NEWEST)
     with pytest.raises(TenantNotFound):
         again(registry_engines, registry_settings).lookup("acme")
-    set_meta(registry, oldest_reader="0002")
+    set_meta(registry, oldest_reader="9998")
     with pytest.raises(RegistryOutOfRange) as caught:
         again(registry_engines, registry_settings).lookup("acme")
     assert caught.value.args == ("9999", schema.OLDEST, schema.NEWEST)
@@ -125,7 +125,7 @@ def test_a_newer_registry_is_served_as_long_as_it_says_this_code_may(
 def test_an_older_registry_than_this_code_can_serve_is_refused(
     registry: Registry, registry_engines: Engines, registry_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "OLDEST", "0002")
+    monkeypatch.setattr(schema, "OLDEST", "9999")
     with pytest.raises(RegistryOutOfRange):
         again(registry_engines, registry_settings).lookup("acme")
 

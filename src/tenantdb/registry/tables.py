@@ -128,6 +128,15 @@ tenants = Table(
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
     Column("deleted_at", Moment),
+    Column("fence", String(20)),
+    Column("ready_at", Moment, index=True),
+    Column("purge_after", Moment),
+    Column("purged_at", Moment),
+    Column("legal_hold", Text),
+    Column("adopted_from", Text),
+    Column("owner_secret_pending", LargeBinary),
+    Column("runtime_secret_pending", LargeBinary),
+    Column("certificate", Document),
     UniqueConstraint("server_id", "database"),
 )
 
@@ -187,6 +196,21 @@ audit = Table(
     Column("outcome", Text, nullable=False),
     Column("request_id", Text),
     Column("details", Document, nullable=False),
+    Column("seq", BigInteger),  # in the chain of the tenant, or of the installation; None before there were chains
+    Column("mac", LargeBinary),
+    Column("reason", Text),
+    Column("source", Text),
+)
+
+audit_heads = Table(
+    "tenantdb_audit_heads",
+    metadata,
+    Column("chain", Uuid, primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("mac", LargeBinary),
+    Column("kept_from", BigInteger),
+    Column("kept_mac", LargeBinary),
+    Column("kept_seal", LargeBinary),
 )
 
 operations = Table(
@@ -209,6 +233,23 @@ operations = Table(
     Column("updated_at", Moment, nullable=False),
 )
 
+templates = Table(
+    "tenantdb_templates",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("server_id", Uuid, ForeignKey("tenantdb_servers.id"), nullable=False),
+    Column("revision", Text),
+    Column("digest", String(64), nullable=False),
+    Column("database", String(63), nullable=False),
+    Column("owner_role", String(63)),
+    Column("state", String(20), nullable=False),
+    Column("worker", Text),
+    Column("lease_until", Moment),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    UniqueConstraint("server_id", "database"),
+)
+
 meta = Table(
     "tenantdb_meta",
     metadata,
@@ -222,11 +263,13 @@ VERSION_TABLE = "tenantdb_alembic_version"
 
 _TENANT_LIFE = (
     "slug name email phone country state plan subscription subscription_expires_at metadata version generation reason updated_at deleted_at"
+    " fence ready_at purge_after"
 ).split()
+_JOURNAL = "state step started attempt worker lease_until error updated_at".split()
 
 APP_COLUMNS: dict[Table, dict[str, list[str]]] = {
     tenants: {
-        "SELECT": [column.name for column in tenants.columns if column.name != "owner_secret"],
+        "SELECT": [column.name for column in tenants.columns if column.name not in ("owner_secret", "owner_secret_pending")],
         "INSERT": ["id", "created_at", *_TENANT_LIFE],
         "UPDATE": _TENANT_LIFE,
     },
@@ -234,10 +277,12 @@ APP_COLUMNS: dict[Table, dict[str, list[str]]] = {
     users: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     memberships: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     refresh_tokens: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
-    operations: {"SELECT": [], "INSERT": [], "UPDATE": ["state"]},
+    audit_heads: {"SELECT": [], "INSERT": ["chain", "seq", "mac"], "UPDATE": ["seq", "mac"]},
+    operations: {"SELECT": [], "INSERT": [], "UPDATE": _JOURNAL},
     servers: {"SELECT": []},
+    templates: {"SELECT": []},
     meta: {"SELECT": []},
 }
 """What the ``app`` login may do on PostgreSQL, by column; an empty list means all columns. It can give no tenant a place, a role or a
-secret, reads no owner's secret, and neither changes nor numbers what the audit log says. Of an operation it may change the state, to
-queue a failed one again."""
+secret, reads no owner's secret, and neither changes nor numbers what the audit log says. Of an operation it may write where it is: taking
+a spare and seeding it is a procedure that a serving process carries out itself."""
