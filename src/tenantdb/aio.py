@@ -17,11 +17,13 @@ from uuid import UUID
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
+from tenantdb.connections.records import AuditTrail
 from tenantdb.connections.session import Pin, check_session_options
 from tenantdb.connections.threads import Threads
 from tenantdb.connections.waiting import await_in_greenlet
 from tenantdb.context import TenantContext
 from tenantdb.database import TenantDB, TenantKey
+from tenantdb.errors import NotATenantsSession
 from tenantdb.model import Tenant
 from tenantdb.resolvers import tenant_key
 
@@ -35,7 +37,7 @@ class AsyncTenantDB:
     """A view of a `TenantDB` (`sync_db`): same registry, same settings, same names, awaited.
 
     ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens`` and ``audit`` have the methods of the synchronous ones,
-    awaited.
+    awaited, in a worker thread; ``audit.record`` alone runs in the event loop, in the session that it is given.
     """
 
     def __init__(self, db: TenantDB, *, session_class: type[AsyncSession] = AsyncSession) -> None:
@@ -48,15 +50,26 @@ class AsyncTenantDB:
         self.users = _Awaited(db.users, self._manage.run)
         self.memberships = _Awaited(db.memberships, self._manage.run)
         self.refresh_tokens = _Awaited(db.refresh_tokens, self._manage.run)
-        self.audit = _Awaited(db.audit, self._manage.run)
+        self.audit = _AwaitedTrail(db.audit, self._manage.run)
         self.provision = _awaited(db.provision, self._work)
-        self.suspend = _awaited(db.suspend, self._manage)
-        self.activate = _awaited(db.activate, self._manage)
+        self.suspend = _awaited(db.suspend, self._work)
+        self.activate = _awaited(db.activate, self._work)
+        self.maintenance = _awaited(db.maintenance, self._work)
+        self.delete = _awaited(db.delete, self._work)
+        self.restore = _awaited(db.restore, self._work)
+        self.purge = _awaited(db.purge, self._work)
+        self.hold = _awaited(db.hold, self._manage)
+        self.release = _awaited(db.release, self._manage)
+        self.rotate_credentials = _awaited(db.rotate_credentials, self._work)
         self.update = _awaited(db.update, self._manage)
         self.work = _awaited(db.work, self._work)
+        self.resume = _awaited(db.resume, self._work)
         self.for_each = _awaited(db.for_each, self._work)
         self.init = _awaited(db.init, self._work)
         self.check = _awaited(db.check, self._work)
+        self.doctor = _awaited(db.doctor, self._work)
+        self.rotate_keys = _awaited(db.rotate_keys, self._work)
+        self.keys_in_use = _awaited(db.keys_in_use, self._work)
 
     def __repr__(self) -> str:
         return f"Async{self.sync_db!r}"
@@ -145,3 +158,17 @@ class _Awaited:
         if not inspect.ismethod(method):
             raise AttributeError(name)
         return functools.partial(self._run, method)
+
+
+class _AwaitedTrail(_Awaited):
+    """``db.audit``, whose `record` is part of a session's transaction and so stays in the session's event loop."""
+
+    def __init__(self, trail: AuditTrail, run: Callable[..., Coroutine[Any, Any, Any]]) -> None:
+        super().__init__(trail, run)
+        self._trail = trail
+
+    async def record(self, session: AsyncSession, action: str, object: object | None = None, **said: Any) -> None:
+        """See `AuditTrail.record`."""
+        if not isinstance(session, AsyncSession):
+            raise NotATenantsSession(type(session).__name__)
+        await session.run_sync(self._trail.record, action, object, **said)

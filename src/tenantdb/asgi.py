@@ -83,7 +83,7 @@ class TenantMiddleware:
             begun = True
             await send(message)
 
-        entry = Entry(self.db, facts_of(scope), self.authenticate)
+        entry = Entry(self.db, facts_of(scope), self.authenticate, _source(scope))
         try:
             await self._serve(entry, scope, receive, watched)
         except TenantDBError as error:
@@ -103,11 +103,11 @@ class TenantMiddleware:
             if identity is None:
                 if self.required and not entry.exempt:
                     raise AuthenticationRequired
-                with acting(ANONYMOUS, entry.request_id):
+                with acting(ANONYMOUS, entry.request_id, entry.source):
                     await self.app(scope, receive, send)
                 return
             state["identity"] = identity
-            with acting(identity.user, entry.request_id):
+            with acting(identity.user, entry.request_id, entry.source):
                 if identity.tenant is None:
                     await self.app(scope, receive, send)
                     return
@@ -124,6 +124,7 @@ class Entry:
     db: AsyncTenantDB
     facts: Facts
     authenticate: Authenticate
+    source: str | None = None
     exempt: bool = False
     _asked: bool = False
     _identity: Identity | None = field(default=None, repr=False)
@@ -143,8 +144,12 @@ class Entry:
         return given if _REQUEST_ID.fullmatch(given) else None
 
     def answer(self, error: TenantDBError) -> Problem:
-        """What the client is told of an error, after the log has been told more."""
+        """What the client is told of an error, after the log has been told more, and the audit log that somebody was refused."""
         problem = problem_for(error, identity_asked=self._asked)
+        if problem.status in (401, 403):
+            identity = self._identity
+            who, tenant = (ANONYMOUS, None) if identity is None else (identity.user, identity.tenant)
+            self.db.sync_db.audit.refused(error.code, tenant, actor=who)
         method, path = self.facts.method, self.facts.path
         if problem.status == 500:  # a bug in the application, which the client is not told of
             log.error("%s %r: %s", method, path, error, exc_info=error)
@@ -173,6 +178,12 @@ def facts_of(scope: Scope) -> Facts:
         method=scope.get("method", "GET"),  # a websocket begins as a GET
         headers=headers,
     )
+
+
+def _source(scope: Scope) -> str | None:
+    """The address of who connected, as the server tells it: a proxy's, unless the server is told to believe what the proxy says."""
+    client = scope.get("client")
+    return None if client is None else str(client[0])
 
 
 async def refuse(scope: Scope, send: Send, problem: Problem) -> None:

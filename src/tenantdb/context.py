@@ -249,10 +249,11 @@ class TenantContext:
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who does what is written to the audit log: a user's id, ``cli:<login>``, or ``system``."""
+    """Who does what is written to the audit log: a user's id, ``cli:<login>``, or ``system``. ``source``: an address where one is known."""
 
     actor: str = "system"
     request_id: str | None = None
+    source: str | None = None
 
 
 _actor: ContextVar[Actor] = ContextVar("tenantdb_actor", default=Actor())
@@ -264,10 +265,10 @@ def current_actor() -> Actor:
 
 
 @contextmanager
-def acting(actor: str, request_id: str | None = None) -> Iterator[None]:
+def acting(actor: str, request_id: str | None = None, source: str | None = None) -> Iterator[None]:
     """Say who acts in a block, for the audit log. The adapters do it for each request."""
     previous = _actor.get()
-    mine = Actor(actor, request_id)
+    mine = Actor(actor, request_id, source)
     _actor.set(mine)
     try:
         yield

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from uuid import UUID
 
 from sqlalchemy.engine import URL, Connection, Engine
@@ -18,11 +18,11 @@ from tenantdb.connections.each import ForEachReport, for_each
 from tenantdb.connections.engines import Engines
 from tenantdb.connections.locate import Locator, ensure_servable
 from tenantdb.connections.lookup import Lookups
+from tenantdb.connections.records import AuditTrail
 from tenantdb.connections.session import Pin, check_session_options, pinned
 from tenantdb.context import TenantContext, pinned_key
 from tenantdb.model import BudgetStats, NewUser, Subscription, Tenant, TenantState, User
 from tenantdb.provisioning.hooks import Hooks
-from tenantdb.provisioning.lifecycle import Lifecycle
 from tenantdb.registry import Registry
 from tenantdb.registry.secrets import Keyring
 from tenantdb.resolvers import tenant_key
@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from tenantdb.events import Event
     from tenantdb.migrations.tenants import TenantMigrations
     from tenantdb.provisioning.check import Finding
+    from tenantdb.provisioning.doctor import DoctorFinding
+    from tenantdb.provisioning.lifecycle import Lifecycle
+    from tenantdb.provisioning.procedures import Runner
     from tenantdb.provisioning.provisioner import Provisioner
+    from tenantdb.provisioning.spares import Spares
+    from tenantdb.provisioning.worker import Resumed, Worker
+    from tenantdb.registry.rotation import KeyRotation, KeyUse
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,7 +84,7 @@ class TenantDB:
             self.settings = Settings(url=url, **given)
         self.session_class = session_class
         self.session_options = check_session_options(dict(session_options or {}))
-        keyring = Keyring([key.get_secret_value() for key in self.settings.secret_keys])
+        keyring = Keyring([key.get_secret_value() for key in self.settings.secret_keys], self.settings.kms)
         product = backend(self.settings.url.backend)
         engine = product.registry_engine(self.settings.url, self.settings)
         own = self.settings.registry_admin
@@ -87,14 +93,13 @@ class TenantDB:
         self._lookups = Lookups(self._registry)
         self._engines = Engines(self._locator, self.settings, self._registry.quarantine)
         self._hooks = Hooks()
-        self._lifecycle = Lifecycle(self._registry, self._engines, self._hooks)
         self._pinned: Any = pinned(cast("Any", session_class))
         self.tenants = self._registry.tenants
         self.servers = self._registry.servers
         self.users = self._registry.users
         self.memberships = self._registry.memberships
         self.refresh_tokens = self._registry.refresh_tokens
-        self.audit = self._registry.audit
+        self.audit = AuditTrail(self._registry, self._lookup_engine)
 
     @classmethod
     def from_env(
@@ -231,12 +236,60 @@ class TenantDB:
         )
 
     def suspend(self, tenant: TenantKey) -> Tenant:
-        """Stop serving a tenant; its data stays. Raises: `IllegalTransition`, `TenantNotFound`."""
+        """Stop serving a tenant; its data stays. Its server refuses the runtime role then and ends its sessions: at once, or by a worker
+        where this process has no provisioner; ``fence`` of the returned tenant tells. Raises: `IllegalTransition`, `TenantNotFound`.
+        """
         return self._lifecycle.suspend(self.tenants.get(tenant))
 
     def activate(self, tenant: TenantKey) -> Tenant:
-        """Serve a suspended tenant again. Raises: `IllegalTransition`, `TenantNotFound`."""
+        """Serve a tenant again that is suspended or under maintenance. One that its server refuses stays so until a worker has lifted
+        that, where this process has no provisioner. Raises: `IllegalTransition`, `TenantNotFound`, `OperationFailed`.
+        """
         return self._lifecycle.activate(self.tenants.get(tenant))
+
+    def maintenance(self, tenant: TenantKey) -> Tenant:
+        """Stop serving a tenant for a while: requests get 503 and may come again. Raises: `IllegalTransition`, `TenantNotFound`."""
+        return self._lifecycle.maintenance(self.tenants.get(tenant))
+
+    def delete(self, tenant: TenantKey) -> Tenant:
+        """Stop serving a tenant and keep its data for the setting ``retention``, until ``purge_after``; `restore` takes that back.
+
+        Its server lets nobody in then, as `suspend` says. Raises: `IllegalTransition`, `TenantNotFound`.
+        """
+        return self._lifecycle.delete(self.tenants.get(tenant))
+
+    def restore(self, tenant: TenantKey) -> Tenant:
+        """Serve a deleted tenant again, as long as its retention lasts.
+
+        Raises: `IllegalTransition`, `TenantNotFound`, `OperationFailed`.
+        """
+        return self._lifecycle.restore(self.tenants.get(tenant))
+
+    def purge(self, tenant: TenantKey, *, confirm: str, immediately: bool = False) -> Tenant:
+        """Erase a deleted tenant for ever: database, roles, secrets, memberships, and what the registry knows of it. ``confirm`` is its
+        slug once more. Before its retention has ended only ``immediately``.
+
+        What is left is a tombstone with a certificate (``db.tenants.certificate(id)``); the slug is free again and the id never. Without a
+        provisioner a worker does it. Raises: `PurgeRefused`, also under a legal hold; `IllegalTransition`, `TenantNotFound`,
+        `OperationFailed`, after which it goes on by itself.
+        """
+        return self._lifecycle.purge(self.tenants.get(tenant), confirm=confirm, immediately=immediately)
+
+    def hold(self, tenant: TenantKey, reason: str) -> Tenant:
+        """Put a legal hold on a tenant: it cannot be purged until `release`. For the login that owns the registry."""
+        return self.tenants.hold(self.tenants.get(tenant), reason)
+
+    def release(self, tenant: TenantKey) -> Tenant:
+        """End a legal hold."""
+        return self.tenants.hold(self.tenants.get(tenant), None)
+
+    def rotate_credentials(self, tenant: TenantKey) -> Tenant:
+        """Give a tenant's database roles new passwords, under traffic: no request fails, and the old passwords are refused.
+
+        Sessions that are open finish their work; what is still there after the setting ``drain_timeout`` is ended. Raises:
+        `IllegalTransition`, `TenantNotFound`, `ConfigError` on SQLite, `OperationFailed`, after which it goes on by itself.
+        """
+        return self._lifecycle.rotate_credentials(self.tenants.get(tenant))
 
     def update(self, tenant: TenantKey, **changes: Any) -> Tenant:
         """Change name, email, phone, country, plan, subscription, subscription_expires_at or metadata; None clears what may be empty.
@@ -251,14 +304,29 @@ class TenantDB:
         Without ``stop`` it ends when nothing is left; with it, it looks every ``poll`` seconds until the event is set. An operation that
         fails is recorded and logged, and the next one is taken. Raises: `ConfigError` where this process has no provisioner.
         """
-        return self._provisioner.work(stop=stop, poll=poll)
+        return self._worker.work(stop=stop, poll=poll)
 
-    def seed(self, fn: F) -> F:
+    def resume(self) -> Resumed:
+        """Finish what was interrupted: operations whose worker died, that wait, or that are to be tried again. Then compare the registry
+        with what is on each server of this process and report what has lost its other half; nothing of that is dropped.
+
+        Provisioning that failed with an error is left for whoever asks for it again. May run any number of times, also beside workers.
+        """
+        return self._worker.resume()
+
+    @overload
+    def seed(self, fn: F) -> F: ...
+    @overload
+    def seed(self, *, static: bool) -> Callable[[F], F]: ...
+    def seed(self, fn: F | None = None, *, static: bool = False) -> F | Callable[[F], F]:
         """Register ``fn(session, tenant)``, which writes first rows as the runtime role; all seeds share one transaction.
 
-        It may run again, also after it was committed: when the process dies before the journal says so.
+        ``@db.seed(static=True)``: ``fn(session)``, for rows that are the same for every tenant; a spare has them already. It may run
+        again, also after it was committed: when the process dies before the journal says so.
         """
-        return self._hooks.seed(fn)
+        if fn is None:
+            return functools.partial(self._hooks.seed, static=static)
+        return self._hooks.seed(fn, static=static)
 
     def on(self, event: str) -> Callable[[F], F]:
         """Register ``fn(tenant)`` for an event such as ``after_activate``. Raises: `ConfigError` for an event that does not exist."""
@@ -293,6 +361,19 @@ class TenantDB:
 
         return check(self._registry, self.settings)
 
+    def doctor(self, *, repair: bool = False, server: str | None = None, tenant: TenantKey | None = None) -> list[DoctorFinding]:
+        """Look at what was built: every server, every tenant's database and its passwords, or one ``server`` or ``tenant`` alone.
+
+        Problems come first; an empty list: all is well. ``repair`` mends what can harm nobody and says which, never drops data, roles,
+        extensions or functions, and may run any number of times; the rest is told with how to mend it. Each run is in the audit log.
+        What could not be looked at is a finding too. Raises: `ConfigError` where this process has no provisioner; `RegistryUnavailable`,
+        `TenantNotFound`, `NoServerAvailable`.
+        """
+        from tenantdb.provisioning.doctor import doctor
+
+        chosen = None if tenant is None else self.tenants.get(tenant)
+        return doctor(self._registry, self._engines, self.settings, repair=repair, server=server, tenant=chosen)
+
     @functools.cached_property
     def migrations(self) -> TenantMigrations:
         """The tenants' schema: head, what is pending, upgrading one tenant."""
@@ -301,10 +382,56 @@ class TenantDB:
         return TenantMigrations(self._registry, self._engines, self.settings)
 
     @functools.cached_property
+    def spares(self) -> Spares:
+        """Databases that are ready for whoever signs up next: list, fill, refresh, drain."""
+        from tenantdb.provisioning.spares import Spares
+
+        return Spares(self._runner)
+
+    @functools.cached_property
+    def _runner(self) -> Runner:
+        from tenantdb.provisioning.golden import Golden
+        from tenantdb.provisioning.procedures import Runner
+        from tenantdb.provisioning.work import Shop
+
+        golden = Golden(self._registry, self.settings)
+        return Runner(Shop(self._registry, self.settings, self._engines, self._hooks, golden, self.session_class))
+
+    @functools.cached_property
+    def _lifecycle(self) -> Lifecycle:
+        from tenantdb.provisioning.lifecycle import Lifecycle
+
+        return Lifecycle(self._runner)
+
+    @functools.cached_property
     def _provisioner(self) -> Provisioner:
         from tenantdb.provisioning.provisioner import Provisioner
 
-        return Provisioner(self._registry, self._engines, self.settings, self._hooks, self.session_class)
+        return Provisioner(self._runner, self.spares)
+
+    @functools.cached_property
+    def _worker(self) -> Worker:
+        from tenantdb.provisioning.worker import Worker
+
+        return Worker(self._runner, self.spares)
+
+    def rotate_keys(self, *, progress: Callable[[int, int], object] | None = None) -> KeyRotation:
+        """Seal every secret of the registry anew with the newest of the secret keys, while all processes go on; each of them has both keys.
+
+        It may be killed at any point and run again, also twice at once. A secret that does not open is reported under its tenant and left
+        as it is; the others go on. ``progress(done, total)`` counts the registry's rows. Then `keys_in_use` tells whether a key may go.
+
+        Raises: `SecretKeyError` where a root key is missing; `KeyServiceUnavailable`, `RegistryUnavailable`, `RegistryError`: what was done
+        till then stays.
+        """
+        return self._registry.keys.rotate(progress)
+
+    def keys_in_use(self) -> tuple[KeyUse, ...]:
+        """Which keys the registry's secrets are sealed with. One that is not here, and not in a backup that you mean to restore, may go.
+
+        Raises: `RegistryUnavailable`; `RegistryError` where this process lacks the login that owns the registry.
+        """
+        return self._registry.keys.in_use()
 
     def close(self) -> None:
         """Close idle connections and threads; leased connections close when they come back. May be called twice."""

@@ -145,6 +145,25 @@ class CredentialTampered(TenantDBError):
         )
 
 
+class KeyServiceUnavailable(TenantDBError):
+    """The key service (``kms=``) gave no answer that can be used, so a secret can be neither encrypted nor read. Fact: ``problem``.
+
+    Nothing is known about the secret, and nothing is remembered: the next call asks again.
+    """
+
+    code = "key-service-unavailable"
+    http_status = 503
+    retryable = True
+    retry_after = 5
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def explain(self) -> str:
+        return f"the key service cannot be used: {self.problem}. Secrets that were read a short while ago are served from memory meanwhile"
+
+
 # -- tenants ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +289,40 @@ class ProvisioningError(TenantError):
             f"provisioning of {self.tenant!r} stopped at step {self.step!r}: {self.problem}."
             " Mend the cause and run it again: it continues where it stopped"
         )
+
+
+class OperationFailed(TenantError):
+    """A step of an operation on a tenant failed. A worker tries again, or it can be asked for again. Facts: ``operation``, ``step``,
+    ``problem``."""
+
+    code = "operation-failed"
+    http_status = 503
+    retryable = True
+    retry_after = 5
+
+    def __init__(self, tenant: str, operation: str, step: str, problem: str) -> None:
+        TenantDBError.__init__(self, tenant, operation, step, problem)
+        self.tenant, self.operation, self.step, self.problem = tenant, operation, step, problem
+
+    def explain(self) -> str:
+        return (
+            f"{self.operation} of tenant {self.tenant!r} stopped at step {self.step!r}: {self.problem}."
+            " It is in the journal: `tenantdb resume` or a worker goes on with it"
+        )
+
+
+class PurgeRefused(TenantError):
+    """The tenant is not purged: no confirmation, retention that has not ended, a legal hold. Nothing was erased. Fact: ``problem``."""
+
+    code = "purge-refused"
+    http_status = 409
+
+    def __init__(self, tenant: str, problem: str) -> None:
+        TenantDBError.__init__(self, tenant, problem)
+        self.tenant, self.problem = tenant, problem
+
+    def explain(self) -> str:
+        return f"tenant {self.tenant!r} is not purged: {self.problem}"
 
 
 class OperationInProgress(TenantError):
@@ -420,6 +473,16 @@ class WrongDatabase(TenantError):
         )
 
 
+class AuditNotReady(TenantError):
+    """The tenant's database was made before there was an audit log of its records, or lost it."""
+
+    code = "audit-not-ready"
+    http_status = 503
+
+    def explain(self) -> str:
+        return f"the database of tenant {self.tenant!r} has no audit log of its records. `tenantdb doctor --repair` makes it"
+
+
 # -- context ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +533,22 @@ class TenantContextClosed(ContextError):
         return (
             f"the block that bound tenant {self.tenant!r} has ended. A task or thread that outlives its request binds the tenant itself:"
             f" with db.tenant_context({self.tenant!r}): ..."
+        )
+
+
+class NotATenantsSession(ContextError):
+    """What tells of a tenant's records is written in a session on that tenant's database, and this is none. Fact: ``found``, its type."""
+
+    code = "not-a-tenants-session"
+
+    def __init__(self, found: str) -> None:
+        super().__init__(found)
+        self.found = found
+
+    def explain(self) -> str:
+        return (
+            "audit.record() takes a session of db.session() or db.begin(), and in asyncio adb.audit.record() takes one of adb's;"
+            f" this is a {self.found}"
         )
 
 

@@ -52,6 +52,13 @@ TRANSITIONS: Mapping[TenantState, frozenset[TenantState]] = MappingProxyType(
 """Every legal change of state. The registry refuses any other, and writes each as a compare-and-set."""
 
 
+class Fence(StrEnum):
+    """Whether the database server itself refuses a tenant that is not served: about to, or does. Without a fence it lets the tenant in."""
+
+    PENDING = "pending"
+    DONE = "done"
+
+
 class Subscription(StrEnum):
     """What the tenant pays for, as the billing system last told us."""
 
@@ -84,7 +91,10 @@ class Tenant:
     ``version`` grows with every write and orders cached copies; ``generation`` grows when location, credentials or fence change and is
     part of every engine's key. ``database`` and the role names are opaque (``t_`` and 16 hex digits), drawn once and never derived again;
     they are None until provisioning has reserved them. ``revision`` is the Alembic revision last recorded for its schema. ``reason``
-    says why a failed tenant failed. Times are aware, in UTC.
+    says why a failed tenant failed. ``fence`` tells whether the server refuses a tenant that is suspended or deleted already, or is about
+    to. A deleted tenant can be restored until ``purge_after``, and under a ``legal_hold`` (its reason) it cannot be purged.
+    ``adopted_from`` is the role that owned the database before `TenantDB.adopt`. A spare, and what is left of a purged tenant, have
+    neither slug nor name; their ``slug`` reads as the id. ``ready_at`` says since when a spare may be taken. Times are aware, in UTC.
     """
 
     id: UUID
@@ -109,6 +119,12 @@ class Tenant:
     created_at: datetime | None = None
     updated_at: datetime | None = None
     deleted_at: datetime | None = None
+    fence: Fence | None = None
+    ready_at: datetime | None = None
+    purge_after: datetime | None = None
+    purged_at: datetime | None = None
+    legal_hold: str | None = None
+    adopted_from: str | None = None
 
     @property
     def servable(self) -> bool:
@@ -138,6 +154,28 @@ class Server:
     extensions: tuple[str, ...] = ()
     schemas: tuple[str, ...] = ()
     draining: bool = False
+
+
+class TemplateState(StrEnum):
+    """Being made, in use, or to be dropped."""
+
+    BUILDING = "building"
+    CURRENT = "current"
+    RETIRED = "retired"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """One golden database. ``digest`` stands for everything beside the revision that makes databases differ."""
+
+    id: UUID
+    server_id: UUID
+    revision: str | None
+    digest: str
+    database: str
+    owner_role: str | None
+    state: TemplateState
+    worker: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +216,11 @@ class Membership:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
-    """One line of the audit log. ``details`` never holds personal data."""
+    """One line of the audit log. ``details`` never holds personal data.
+
+    ``seq`` is its number in the chain of its tenant (or of the installation, where it tells of none), ``mac`` what vouches for it and for
+    all before it: ``key id (8) | HMAC-SHA256``, None where there is no key. ``source`` is where the actor came from, an address.
+    """
 
     id: int
     at: datetime
@@ -189,6 +231,96 @@ class AuditEntry:
     object: str | None = None
     request_id: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    seq: int | None = None
+    mac: bytes | None = field(default=None, repr=False)
+    reason: str | None = None
+    source: str | None = None
+
+
+class AuditLog(StrEnum):
+    """Where an entry of the audit log stands: in the registry, or beside a tenant's records in its own database."""
+
+    REGISTRY = "registry"
+    RECORDS = "records"
+
+
+class Break(StrEnum):
+    """Why a chain of the audit log does not hold."""
+
+    EDITED = "edited"
+    MISSING = "missing"
+    REORDERED = "reordered"
+    FORGED = "forged"
+    UNKNOWN_KEY = "unknown-key"
+    NOT_AUTHENTICATED = "not-authenticated"
+    HEAD = "head-mismatch"
+    ANCHOR = "anchor-mismatch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditHead:
+    """How far a chain had come at a moment: what is written outside (`anchor`), so that a tail that was cut off is missed."""
+
+    log: AuditLog
+    tenant_id: UUID | None
+    seq: int
+    mac: bytes | None = field(repr=False)
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainReport:
+    """What `verify` found in one chain: a tenant's, or the installation's (``tenant_id`` None).
+
+    ``entries`` stand in it, ``unauthenticated`` of them without a MAC, because no key was given when they were written. ``broken_at`` is
+    the first number that does not hold, and ``why`` says what is wrong there.
+    """
+
+    log: AuditLog
+    tenant_id: UUID | None
+    entries: int
+    unauthenticated: int = 0
+    broken_at: int | None = None
+    why: Break | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.why is None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What `verify` found, chain by chain; ``anchors`` is how many of them were compared with one."""
+
+    chains: tuple[ChainReport, ...] = ()
+    anchors: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.broken
+
+    @property
+    def broken(self) -> tuple[ChainReport, ...]:
+        return tuple(chain for chain in self.chains if not chain.ok)
+
+    @property
+    def entries(self) -> int:
+        return sum(chain.entries for chain in self.chains)
+
+    @property
+    def unauthenticated(self) -> int:
+        return sum(chain.unauthenticated for chain in self.chains)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """What `retain` did: entries older than ``before`` that it deleted; tenants under a legal hold and chains that do not hold, which it
+    left as they are."""
+
+    before: datetime
+    deleted: int
+    held: tuple[UUID, ...] = ()
+    broken: tuple[ChainReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, create_model, model_validator
 from sqlalchemy.engine import URL, make_url
@@ -218,6 +219,38 @@ def _web_concurrency() -> int | None:
     return int(told)
 
 
+@runtime_checkable
+class KeyService(Protocol):
+    """A KMS or HSM that wraps data keys, so that the key that opens everything is in no process of ours.
+
+    ``context`` has ``purpose`` (owner or runtime), ``tenant`` (an id) and ``column``; the service binds the wrapped key to it (AWS: the
+    encryption context), so that its policies can say who may unwrap what. Both methods are called from any thread, also from one that
+    runs an event loop, and bound their own time. A service with several keys also has a ``key_id``, the name of the one that wraps now:
+    after it changed, `TenantDB.rotate_keys` wraps anew.
+
+    Raise ``CredentialTampered(context["tenant"], context["column"])`` for a wrapped key that the service made for another context or not
+    at all. Whatever else is raised is taken for an outage: `KeyServiceUnavailable`.
+    """
+
+    def wrap(self, data_key: bytes, context: Mapping[str, str]) -> bytes: ...
+
+    def unwrap(self, wrapped: bytes, context: Mapping[str, str]) -> bytes: ...
+
+
+KMS = "kms"
+"""Stands for the key service in the list of secret keys."""
+
+
+def _imported(value: Any) -> Any:
+    """What ``module:name`` names, or the thing itself. Raises: `ValueError` where nothing is there; what the module itself raises."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return pkgutil.resolve_name(value)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{value!r} names nothing: {error}") from None
+
+
 _Url = Annotated[ConnectionURL, BeforeValidator(ConnectionURL.parse)]
 
 
@@ -246,7 +279,10 @@ class Settings(BaseModel):
     servers: Annotated[Mapping[str, _Url], BeforeValidator(_mapping)] = Field(default_factory=dict)
     """The provisioner's URLs of several servers, by name. In the environment as JSON. Excludes ``server``."""
     secret_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
-    """Keys that encrypt secrets in the registry, newest first; see ``tenantdb generate-key``."""
+    """Keys that encrypt secrets in the registry, newest first; see ``tenantdb generate-key``. ``"kms"`` among them is the place of ``kms``;
+    left out, it is the newest."""
+    kms: Annotated[KeyService | None, BeforeValidator(_imported)] = Field(None, repr=False)
+    """A key service that wraps a key of its own for each secret; see `KeyService`. In the environment as ``module:name``."""
     migrations: str | None = None
     """The Alembic script location of the tenants' schema, ``package:folder`` or a path. None: tenants start empty."""
     hardening: Literal["full", "managed"] = "full"
@@ -258,8 +294,25 @@ class Settings(BaseModel):
     """File with the authorities that database servers' certificates are checked against; ``system``: those of the operating system."""
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     """Hosts where database servers may be: names, ``.suffix`` or CIDR blocks. Empty: any."""
+    audit_anchor: str | None = None
+    """File to which `TenantDB.audit.anchor` appends how far each chain of the audit log has come; see ``tenantdb audit anchor``."""
+    audit_retention: int = Field(6, ge=1)
+    """Years that entries of the audit log are kept at least. 6 as HIPAA asks of documentation (45 CFR 164.316(b)(2)(i))."""
     temporary_tables: bool = False
     """Grant TEMP to the tenants' runtime roles, at the cost of disk that a tenant can fill."""
+    scram_iterations: int = Field(1, ge=1)
+    """Rounds of hashing in the verifiers of the tenants' roles. Rounds protect passwords that can be guessed; these are 256 random bits,
+    so one round is as safe as PostgreSQL's 4,096 and halves the time that connecting takes. 4096 where other clients that insist on it
+    log in as these roles."""
+    spares: int = Field(0, ge=0)
+    """Databases that a worker keeps ready on each server, migrated, for whoever signs up next."""
+    retention: float = Field(30.0, ge=0)
+    """Days for which a deleted tenant can be restored. Before they are over it is purged only with ``immediately=True``."""
+    backup_retention: float = Field(35.0, ge=0)
+    """Days after which the last backup and the archived write-ahead log that hold a purged tenant are gone: tenantdb makes no backups, so
+    it believes this and writes it into the certificate."""
+    drain_timeout: float = Field(30.0, ge=0)
+    """Seconds that sessions with an old password may finish their work before they are ended."""
     budget: Annotated[Budget, BeforeValidator(Budget.parse)] = Field(default_factory=Budget)
     """How many connections to each database server all tenants together may hold; see `Budget`. In the environment as JSON."""
     registry_pool_size: int = Field(3, ge=1)
@@ -321,7 +374,9 @@ class Settings(BaseModel):
             raise ConfigError("registry_admin and url must lead to the same database")
         for name, url in urls.items():
             check_host(url, self, name)
-        if any(url.backend == POSTGRESQL for url in urls.values()) and not self.secret_keys:
+        if self.kms is None and any(key.get_secret_value() == KMS for key in self.secret_keys):
+            raise ConfigError("secret_keys has the place of a key service, and kms= gives none")
+        if any(url.backend == POSTGRESQL for url in urls.values()) and not self.secret_keys and self.kms is None:
             raise SecretKeyError("PostgreSQL needs a secret key, because the registry stores the tenants' passwords encrypted")
         return self
 

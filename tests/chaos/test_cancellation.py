@@ -12,7 +12,9 @@ from sqlalchemy.testing.cancellation import await_points, sweep
 
 from tenantdb import Tenant
 from tenantdb.backends.postgresql import wire
-from tests.chaos.town import HERE, Town, Watch, rested, stats_of
+from tenantdb.connections.budget import ServerBudget
+from tenantdb.connections.ledger import Claim, Ledger
+from tests.chaos.town import HERE, Town, Watch, budget_on, rested, stats_of
 from tests.conformance.colours import Face, MakeFace
 
 Scenario = Callable[[Face, Tenant], Awaitable[None]]
@@ -168,37 +170,62 @@ async def test_who_is_cancelled_before_the_answer_to_the_reset_has_come_leaves_i
     assert looks > 10
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["behind its own tenant", "behind another"])
-@pytest.mark.parametrize("cancels", [1, pytest.param(2, marks=pytest.mark.long)], ids=["once", "twice"])
-async def test_who_is_cancelled_in_the_queue_leaves_it_and_what_was_just_granted_goes_to_the_next(
-    async_face: MakeFace, tenants: list[Tenant], same: bool, cancels: int
-) -> None:
-    face = async_face(1)
-    holder, waiter = tenants[0], tenants[0 if same else 1]
+AT_ONCE, LATER = 0, 5  # in turns of the event loop: before a waiter that is cancelled finds out, and after
 
-    async def queue() -> None:
-        held = face.session(holder)
-        try:
-            await held.scalar(HERE)
-            release = asyncio.create_task(let_go(held))
-            try:
-                await read(face, waiter)
-            finally:
-                release.cancel()
-                await asyncio.wait([release])
-        finally:
-            await asyncio.shield(asyncio.ensure_future(held.close()))
 
-    async def let_go(held: Any) -> None:
+async def queue(face: Face, holder: Tenant, waiter: Tenant, after: int) -> None:
+    """Somebody waits behind the holder of the only connection, who lets go of it when he does."""
+    held = face.session(holder)
+
+    async def let_go() -> None:
         while not stats_of(face.db).waiting:
+            await asyncio.sleep(0)
+        for _ in range(after):
             await asyncio.sleep(0)
         await held.close()
 
-    async def nothing() -> None:
-        pass
+    try:
+        await held.scalar(HERE)
+        release = asyncio.create_task(let_go())
+        try:
+            await read(face, waiter)
+        finally:
+            release.cancel()
+            await asyncio.wait([release])
+    finally:
+        await asyncio.shield(asyncio.ensure_future(held.close()))
 
-    assert await sweep_over(face, queue, nothing, cancels) > 4
+
+async def nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize("after", [AT_ONCE, LATER], ids=["granted", "in line"])
+@pytest.mark.parametrize("same", [True, False], ids=["behind its own tenant", "behind another"])
+@pytest.mark.parametrize("cancels", [1, pytest.param(2, marks=pytest.mark.long)], ids=["once", "twice"])
+async def test_who_is_cancelled_in_the_queue_leaves_it_and_what_was_just_granted_goes_to_the_next(
+    async_face: MakeFace, tenants: list[Tenant], same: bool, cancels: int, after: int
+) -> None:
+    face = async_face(1)
+    waiter = tenants[0 if same else 1]
+    assert await sweep_over(face, lambda: queue(face, tenants[0], waiter, after), nothing, cancels) > 4
     assert stats_of(face.db).waits > 4
+
+
+@pytest.mark.parametrize(("guard", "after"), [("withdraw", LATER), ("hand_back", AT_ONCE)])
+async def test_the_sweep_finds_a_place_that_is_lost_with_a_cancelled_waiter(
+    async_face: MakeFace, monkeypatch: pytest.MonkeyPatch, tenants: list[Tenant], guard: str, after: int
+) -> None:
+    face = async_face(1)
+    left: list[Claim] = []
+    owner = Ledger if guard == "withdraw" else ServerBudget
+    monkeypatch.setattr(owner, guard, lambda _, claim, **__: left.append(claim))
+    monkeypatch.setattr("tests.chaos.town.PATIENCE", 1.0)
+    with pytest.raises(AssertionError, match=r"LoopWaiter\._wait.*did not come to rest.*opening=1"):
+        await sweep_over(face, lambda: queue(face, tenants[0], tenants[1], after), nothing, 1)
+    monkeypatch.undo()
+    for claim in left:
+        budget_on(face.db).hand_back(claim)
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["of its own tenant", "of another"])
@@ -215,6 +242,8 @@ async def test_a_grant_and_a_cancellation_may_meet_in_either_order(
         await asyncio.sleep(0)
     if first == "cancel":
         waiter.cancel()
+        while stats_of(face.db).waiting == 2:
+            await asyncio.sleep(0)
         await held.close()
     else:  # the verdict is there, and the waiter has not run since
         closing = asyncio.ensure_future(held.close())

@@ -6,7 +6,9 @@ costs the tenants of another nothing."""
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from tenantdb import Tenant, errors
 from tenantdb.backends import postgresql
 from tenantdb.backends.postgresql import PostgreSQL, wire
+from tenantdb.connections.sqla import wire_of
 from tenantdb.events import ServerDown, ServerUp
 from tests.chaos.proxy import Proxy
 from tests.chaos.town import Town, budget, budget_on, know, rested, stats_of, whose
@@ -261,6 +264,17 @@ async def test_a_network_that_falls_silent_and_then_drops_costs_those_in_use_one
     assert set(load.outcomes) <= {"served", OperationalError, *TYPED}
     assert load.outcomes[OperationalError] <= 6
     assert load.slowest < 10
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such option")
+async def test_the_kernel_is_told_to_give_up_a_silent_network(make_face: MakeFace, tenants: list[Tenant]) -> None:
+    face = make_face(1)
+    asked = ("SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+    async with face.connect(tenants[0]) as connection:
+        raw = wire_of(connection.sync_connection if face.adb else connection._target)
+        with socket.socket(fileno=os.dup(raw.fileno())) as copy:
+            given = [copy.getsockopt(socket.SOL_SOCKET if name[0] == "S" else socket.IPPROTO_TCP, getattr(socket, name)) for name in asked]
+    assert given == [1, 30, 10, 3, 30_000]
 
 
 async def test_a_network_that_falls_silent_for_a_while_loses_nothing(slow_face: MakeFace, proxy: Proxy, far: list[Tenant]) -> None:

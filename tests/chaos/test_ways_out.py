@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import random
 import signal
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from psycopg import sql
 from sqlalchemy.exc import SAWarning
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from benchmarks.world import Marker
 from tenantdb import Tenant, TenantDB, errors
 from tests.chaos.town import HERE, Town, Watch, at_rest, rested, stats_of, whose
 from tests.conformance.colours import Face, MakeFace, MakeProcess
@@ -189,35 +194,82 @@ async def test_a_soft_invalidated_connection_is_not_used_again(make_face: MakeFa
     assert stats_of(face.db).opens == 2
 
 
-@pytest.mark.parametrize("event", ["checkout", "reset", "connect"])
-def test_a_listener_that_raises_loses_no_place(process: MakeProcess, tenants: list[Tenant], event: str) -> None:
-    db = process(1, acquire_timeout=5.0)
-    raising = False
+class Wanted(Exception):
+    pass
 
-    class Wanted(Exception):
-        pass
 
-    def listener(*_: object) -> None:
-        if raising:
+class Moody:
+    """A listener that raises when it is told to."""
+
+    def __init__(self) -> None:
+        self.raising = False
+        self.raised = 0
+
+    def __call__(self, *_: object) -> None:
+        if self.raising:
+            self.raised += 1
             raise Wanted
 
-    db.listen(event, listener)
-    for turn in range(4):
-        tenant = tenants[turn % 2]
-        with db.session(tenant) as session:
-            assert session.scalar(HERE) == tenant.database
-        raising = True
+    @contextlib.contextmanager
+    def mood(self) -> Iterator[None]:
+        self.raising = True
         try:
-            with db.session(tenants[2 + turn % 2]) as session:
-                session.scalar(HERE)
-        except Wanted:
-            pass
+            with contextlib.suppress(Wanted):
+                yield
         finally:
-            raising = False
-        gc.collect()
-        eventually(lambda: at_rest(db))
-    with db.session(tenants[5]) as session:
-        assert session.scalar(HERE) == tenants[5].database
+            self.raising = False
+
+
+@pytest.mark.parametrize("event", ["checkout", "reset", "connect", "close", "checkin"])
+def test_a_listener_that_raises_loses_no_place(process: MakeProcess, tenants: list[Tenant], town: Town, event: str) -> None:
+    db = process(1, acquire_timeout=5.0)
+    listener = Moody()
+    db.listen(event, listener)
+    with Watch(town) as watch:
+        for turn in range(4):
+            tenant = tenants[turn % 2]
+            with db.session(tenant) as session:
+                assert session.scalar(HERE) == tenant.database
+            with listener.mood(), db.session(tenants[2 + turn % 2]) as session:
+                session.scalar(HERE)
+            gc.collect()
+            eventually(lambda: at_rest(db))
+        with db.session(tenants[5]) as session:
+            assert session.scalar(HERE) == tenants[5].database
+    assert listener.raised >= 4
+    assert watch.peak <= 1
+    eventually(lambda: town.backends() == stats_of(db).idle == 1)
+
+
+@pytest.mark.parametrize("event", ["close", "checkin"])
+@pytest.mark.parametrize("way", ["dead", "invalidated", "outdated", "disposed"])
+async def test_a_listener_that_raises_while_a_connection_is_closed_leaves_none_open(
+    make_face: MakeFace, tenants: list[Tenant], town: Town, way: str, event: str
+) -> None:
+    face = make_face(1, acquire_timeout=5.0, check_after=0.0)
+    listener = Moody()
+    face.db.listen(event, listener)
+    engine: Any = await face.do.engine(tenants[0])
+    pool = (engine.sync_engine if face.adb else engine).pool
+    assert await whose(face, tenants[0])
+    if way == "dead":
+        kill = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = {}"
+        town.run(kill, sql.Literal(tenants[0].database))
+    elif way == "outdated":
+        pool._invalidate_time = time.time()  # as when SQLAlchemy has found another one of the pool dead
+    with listener.mood():
+        if way == "disposed":
+            await engine.dispose() if face.adb else engine.dispose()
+        async with face.connect(tenants[0]) as connection:
+            await connection.scalar(HERE)
+            if way == "invalidated":
+                await connection.invalidate()
+    gc.collect()
+    await rested(face.db)
+    assert listener.raised
+    eventually(lambda: town.backends() == stats_of(face.db).idle)
+    assert await whose(face, tenants[1])
+    eventually(lambda: town.backends() == stats_of(face.db).idle == 1)
 
 
 # -- taken away ------------------------------------------------------------------------------------------------------------------------
@@ -353,7 +405,7 @@ async def test_a_tenant_that_is_suspended_is_refused_with_its_own_error_at_any_m
                     await asyncio.sleep(0.001)
             await face.do.suspend(tenant)
             if waiting is not None:
-                with pytest.raises((errors.EngineRetired, errors.TenantSuspended)):
+                with pytest.raises(errors.TenantSuspended):
                     await asyncio.wait_for(waiting, 10)
             assert await held.scalar(HERE) == tenant.database  # its transaction may end
             await held.close()
@@ -363,6 +415,130 @@ async def test_a_tenant_that_is_suspended_is_refused_with_its_own_error_at_any_m
     finally:
         town.db.activate(tenant)
         town.db.close()
+
+
+def between_look_up_and_checkout(monkeypatch: pytest.MonkeyPatch, db: TenantDB, happen: Callable[[], object], times: int = 1) -> None:
+    """Something happens after an engine was looked up and before anybody connects through it."""
+    left = times
+
+    def followed(look_up: Callable[..., Any]) -> Callable[..., Any]:
+        def engine_of(*args: Any) -> Any:
+            nonlocal left
+            engine = look_up(*args)
+            if left:
+                left -= 1
+                happen()
+            return engine
+
+        return engine_of
+
+    for name in ("engine_of", "loop_engine_of"):
+        monkeypatch.setattr(db._engines, name, followed(getattr(db._engines, name)))
+
+
+async def execute(session: Any) -> object:
+    return await session.scalar(HERE)
+
+
+async def flush(session: Any) -> object:
+    session.add(Marker(id=2, name="another")) if isinstance(session, AsyncSession) else await session.add(Marker(id=2, name="another"))
+    await session.flush()
+    return await session.scalar(HERE)
+
+
+async def flush_in_a_savepoint(session: Any) -> object:
+    await session.begin_nested()
+    return await flush(session)
+
+
+async def bulk(session: Any) -> object:
+    rows = [{"id": 2, "name": "another"}]
+    if isinstance(session, AsyncSession):
+        await session.run_sync(lambda blocking: blocking.bulk_insert_mappings(Marker, rows))
+    else:
+        await session.bulk_insert_mappings(Marker, rows)
+    return await session.scalar(HERE)
+
+
+FIRST_SQL = [execute, flush, flush_in_a_savepoint, bulk]
+
+
+@pytest.mark.parametrize("first", FIRST_SQL, ids=lambda first: first.__name__)
+async def test_a_session_whose_tenant_changes_before_it_connects_goes_to_the_new_engine(
+    make_face: MakeFace, monkeypatch: pytest.MonkeyPatch, tenants: list[Tenant], first: Any
+) -> None:
+    face = make_face(1)
+    between_look_up_and_checkout(monkeypatch, face.db, lambda: face.db._engines.forget(tenants[0].id))
+    async with face.session(tenants[0]) as session:
+        assert await first(session) == tenants[0].database
+    assert stats_of(face.db).opens == 1
+
+
+async def test_a_session_looks_up_again_once_and_no_more(
+    make_face: MakeFace, monkeypatch: pytest.MonkeyPatch, tenants: list[Tenant]
+) -> None:
+    face = make_face(1)
+    between_look_up_and_checkout(monkeypatch, face.db, lambda: face.db._engines.forget(tenants[0].id), times=2)
+    async with face.session(tenants[0]) as session:
+        with pytest.raises(errors.EngineRetired):
+            await session.scalar(HERE)
+        assert await session.scalar(HERE) == tenants[0].database
+
+
+@pytest.mark.parametrize("first", FIRST_SQL, ids=lambda first: first.__name__)
+async def test_a_session_whose_tenant_is_suspended_before_it_connects_says_so(
+    make_face: MakeFace, monkeypatch: pytest.MonkeyPatch, town: Town, tenants: list[Tenant], first: Any
+) -> None:
+    face = make_face(1)
+    tenant = tenants[21]
+    between_look_up_and_checkout(monkeypatch, face.db, lambda: face.db.suspend(tenant))
+    try:
+        async with face.session(tenant) as session:
+            with pytest.raises(errors.TenantSuspended):
+                await first(session)
+        assert stats_of(face.db).opens == 0
+    finally:
+        town.db.activate(tenant)
+        town.db.close()
+
+
+async def test_a_session_does_not_open_again_what_was_closed_before_it_connected(
+    make_face: MakeFace, monkeypatch: pytest.MonkeyPatch, tenants: list[Tenant]
+) -> None:
+    face = make_face(1)
+    between_look_up_and_checkout(monkeypatch, face.db, face.db.close)
+    async with face.session(tenants[0]) as session:
+        with pytest.raises(errors.EngineRetired):
+            await session.scalar(HERE)
+    assert stats_of(face.db).opens == 0
+
+
+async def test_an_engine_that_was_kept_is_of_the_past_all_the_same(make_face: MakeFace, tenants: list[Tenant]) -> None:
+    face = make_face(1)
+    engine = await face.do.engine(tenants[0])
+    face.db._engines.forget(tenants[0].id)
+    with pytest.raises(errors.EngineRetired):
+        await engine.connect() if face.adb else engine.connect()
+
+
+def test_a_session_that_waits_in_line_when_its_tenant_changes_is_served_by_the_new_engine(
+    process: MakeProcess, tenants: list[Tenant]
+) -> None:
+    db = process(1)
+    held = db.session(tenants[0])
+    held.scalar(HERE)
+
+    def wait() -> object:
+        with db.session(tenants[0]) as session:
+            return session.scalar(HERE)
+
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(wait)
+        eventually(lambda: stats_of(db).waiting == 1)
+        db._engines.forget(tenants[0].id)
+        eventually(lambda: stats_of(db).waits == 2)
+        held.close()
+        assert waiting.result(10) == tenants[0].database
 
 
 # -- other states of mind ------------------------------------------------------------------------------------------------------------

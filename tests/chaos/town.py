@@ -25,6 +25,7 @@ from tests.world import PostgreSQLWorld, eventually
 HERE = text("SELECT current_database()")
 REGISTRY_POOL = int(Settings.model_fields["registry_pool_size"].default)
 MAX_CONNECTIONS = 200
+PATIENCE = 10.0  # seconds until what has not come to rest never will
 
 
 class Town:
@@ -116,7 +117,7 @@ def at_rest(db: TenantDB) -> bool:
 
 async def rested(db: TenantDB) -> None:
     """Until `at_rest`; the event loop runs meanwhile."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not at_rest(db):
         assert time.monotonic() < deadline, f"it did not come to rest: {db.stats()}"
         await asyncio.sleep(0.005)

@@ -14,8 +14,14 @@ from tenantdb.testing.postgres import EmbeddedServer
 from tests.docs.reader import DOCS, ROOT, Reader, blocks, pages
 from tests.world import PostgreSQLWorld
 
-ELSEWHERE = {"tutorial.md", "howto/postgresql.md", "howto/tests.md", "howto/workers.md"}  # followed by a test of their own
-IN_THE_SHOP = ["howto/alembic.md", "howto/scripts.md", "howto/logging.md"]
+ELSEWHERE = {
+    "tutorial.md",
+    "howto/postgresql.md",
+    "howto/tests.md",
+    "howto/workers.md",
+    "howto/rotate-keys.md",
+}  # followed by a test of their own
+IN_THE_SHOP = ["howto/alembic.md", "howto/scripts.md", "howto/logging.md", "howto/audit.md"]
 
 
 @pytest.mark.parametrize("page", IN_THE_SHOP)
@@ -56,6 +62,21 @@ def test_workers_carry_out_what_a_web_process_left(shop: Reader, postgresql_worl
     shop.environment |= web
 
     shop.follow("howto/workers.md")
+
+
+@pytest.mark.timeout(300)
+def test_keys_are_rotated_as_the_page_says(tmp_path: Path, postgresql_world: PostgreSQLWorld) -> None:
+    settings = postgresql_world._new_registry()
+    exports = {
+        "TENANTDB_URL": settings["url"],
+        "TENANTDB_REGISTRY_ADMIN": settings["registry_admin"],
+        "TENANTDB_SERVER": settings["server"],
+        "TENANTDB_SECRET_KEYS": settings["secret_keys"][0],
+    }
+    with Reader(tmp_path, exports) as reader:
+        reader.run("tenantdb init; tenantdb provision acme")
+
+        reader.follow("howto/rotate-keys.md")
 
 
 @pytest.mark.timeout(300)

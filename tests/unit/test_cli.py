@@ -71,10 +71,11 @@ def test_help_lists_every_verb_in_its_section() -> None:
 def test_every_verb_that_prints_data_has_json() -> None:
     verbs = [command for commands in SECTIONS.values() for command in commands]
     verbs += [command for verb in verbs if isinstance(verb, click.Group) for command in verb.commands.values()]
+    verbs = [verb for verb in verbs if not isinstance(verb, click.Group)]
 
     without = [verb.name for verb in verbs if not any("--json" in parameter.opts for parameter in verb.params)]
 
-    assert without == ["migrations", "shell"]  # a group, and somebody else's program
+    assert without == ["shell"]  # somebody else's program
 
 
 def test_without_a_verb_it_says_how_to_begin() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, select
+from sqlalchemy import inspect as inspect_mapper
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool, Pool
 from sqlalchemy.pool.base import _ConnectionRecord
 
@@ -133,6 +137,85 @@ def test_a_detached_connection_returns_its_record_empty_and_is_closed_by_the_poo
     assert len(pool.finished) == 1
 
 
+class Wanted(Exception):
+    pass
+
+
+def refuse(*_: Any) -> None:
+    raise Wanted
+
+
+def test_a_record_goes_back_closed_when_a_listener_of_the_return_raises(engine: TenantEngine, pool: OnePool) -> None:
+    event.listen(pool, "checkin", refuse)
+    connection = engine.connect()
+    with pytest.raises(Wanted):
+        connection.close()
+    assert (len(pool.finished), pool.returned) == (1, [None])
+
+
+def test_a_record_is_closed_also_when_a_listener_of_that_raises(engine: TenantEngine, pool: OnePool) -> None:
+    event.listen(pool, "close", refuse)
+    connection = engine.connect()
+    with pytest.raises(Wanted):
+        connection.close()
+    assert len(pool.finished) == len(pool.returned) == 1
+
+
+def test_a_record_goes_back_when_a_listener_of_its_invalidation_raises(engine: TenantEngine, pool: OnePool) -> None:
+    event.listen(pool, "checkout", refuse)
+    event.listen(pool, "invalidate", refuse)
+    with pytest.raises(Wanted):
+        engine.connect()
+    assert len(pool.finished) == len(pool.returned) == 1
+
+
+class Row(DeclarativeBase):
+    __abstract__ = True
+
+
+class Note(Row):
+    __tablename__ = "notes"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Followed(Session):
+    """Tells by which way it asks for a connection."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: list[str] = []
+
+    def get_bind(self, *args: Any, **options: Any) -> Any:
+        self.asked.append("bind in a flush" if self._flushing else "bind")
+        return super().get_bind(*args, **options)
+
+    def _connection_for_bind(self, *args: Any, **options: Any) -> Any:
+        self.asked.append("connection")
+        return super()._connection_for_bind(*args, **options)
+
+
+def test_a_session_connects_by_one_method_and_its_unit_of_work_past_it(engine: TenantEngine) -> None:
+    def flush(session: Session) -> None:
+        session.add(Note(id=1))
+        session.flush()
+
+    def bulk(session: Session) -> None:
+        session.bulk_insert_mappings(inspect_mapper(Note), [{"id": 1}])
+
+    def ways(*steps: Callable[[Any], object]) -> list[str]:
+        with Followed(engine) as session:
+            for step in steps:
+                with contextlib.suppress(OperationalError):  # there is no such table
+                    step(session)
+            return session.asked
+
+    ask = select(1)
+    ordinary = ["bind", "connection"]
+    assert ways(lambda session: session.execute(ask)) == ways(lambda session: session.scalar(ask)) == ordinary
+    assert ways(lambda session: session.connection()) == ways(lambda session: session.get(Note, 1)) == ordinary
+    assert ways(flush) == ways(bulk) == ["bind in a flush"]
+
+
 def test_disposing_of_an_engine_gives_it_another_pool(engine: TenantEngine, pool: OnePool) -> None:
     engine.dispose()
     assert engine.pool is not pool
@@ -143,6 +226,11 @@ def test_the_hooks_have_the_signatures_that_are_overridden() -> None:
     assert list(inspect.signature(Pool._close_connection).parameters) == ["self", "connection", "terminate"]
     assert list(inspect.signature(Pool._invalidate).parameters) == ["self", "connection", "exception", "_checkin"]
     assert list(inspect.signature(_ConnectionRecord.__init__).parameters) == ["self", "pool", "connect"]
+    assert list(inspect.signature(_ConnectionRecord.checkin).parameters) == ["self", "_fairy_was_created"]
+    assert list(inspect.signature(_ConnectionRecord._checkin_failed).parameters) == ["self", "err", "_fairy_was_created"]
+    assert list(inspect.signature(_ConnectionRecord.close).parameters) == ["self"]
+    assert list(inspect.signature(Pool._return_conn).parameters) == ["self", "record"]
+    assert list(inspect.signature(Session._connection_for_bind).parameters) == ["self", "engine", "execution_options", "kw"]
     assert list(inspect.signature(Pool._should_wrap_creator).parameters) == ["self", "creator"]
     for name in ("_do_get", "_do_return_conn", "recreate", "dispose"):
         with pytest.raises(NotImplementedError):

@@ -160,7 +160,7 @@ def test_many_first_users_look_once(registry_engines: Engines) -> None:
         looking.set()
         assert go.wait(10)
 
-    transactions = Transactions(*registry_engines, check)
+    transactions = Transactions(*registry_engines, check, Keyring())
 
     def use() -> None:
         barrier.wait(10)

@@ -52,6 +52,13 @@ def test_an_old_libpq_that_cannot_insist_on_scram_is_refused(monkeypatch: pytest
     transport("localhost", settings())
 
 
+@pytest.mark.parametrize("host", ["db.example.org", "localhost"])
+def test_a_network_that_goes_silent_is_given_up_in_less_than_a_minute(host: str) -> None:
+    given = transport(host, settings(), {"sslcert": "client.pem"})
+
+    assert given.items() >= {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 30_000}.items()
+
+
 class Looked(Exception):
     """The arguments have been seen; nothing needs to be opened."""
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, BackgroundTasks
 
 from examples.clinic import schemas
 from examples.clinic.api.crud import crud_router
-from examples.clinic.api.depends import CurrentMailer
+from examples.clinic.api.depends import CurrentMailer, Registry
 from examples.clinic.appointments import appointments
 from examples.clinic.consents import consents
 from examples.clinic.documents import documents
@@ -39,23 +39,26 @@ router = APIRouter(prefix="/api/v1")
 
 # -- patients, and the verification of their addresses ---------------------------------------------------------------------------------
 
-patient_routes = crud_router("patients", patients, schemas.PATIENT)
+patient_routes = crud_router("patients", patients, schemas.PATIENT, audited="patient")
 
 
 @patient_routes.post("/{row_id}/email-verification", dependencies=[may("patients", "update")], status_code=202)
 async def send_code(
-    session: AsyncTenantTransaction, clinic: CurrentTenant, row_id: UUID, mailer: CurrentMailer, tasks: BackgroundTasks
+    session: AsyncTenantTransaction, adb: Registry, clinic: CurrentTenant, row_id: UUID, mailer: CurrentMailer, tasks: BackgroundTasks
 ) -> dict[str, str]:
     """Mail a code to the patient, who gives it back to the clinic."""
     email, code = await session.run_sync(patients.begin_verification, row_id)
+    await adb.audit.record(session, "patient.send_code", row_id)
     tasks.add_task(mailer.send, email, f"{clinic.name}: your e-mail address", f"Please give this code to {clinic.name}: {code}")
     return {"sent_to": email}
 
 
 @patient_routes.post("/{row_id}/email-verification/confirm", dependencies=[may("patients", "update")], response_model=schemas.PatientOut)
-async def confirm_code(session: AsyncTenantTransaction, row_id: UUID, data: schemas.Code) -> Any:
+async def confirm_code(session: AsyncTenantTransaction, adb: Registry, row_id: UUID, data: schemas.Code) -> Any:
     """The patient gave the code back."""
-    return await session.run_sync(patients.verify_email, row_id, data.code)
+    patient = await session.run_sync(patients.verify_email, row_id, data.code)
+    await adb.audit.record(session, "patient.verify_email", row_id)
+    return patient
 
 
 # -- quotes and invoices ---------------------------------------------------------------------------------------------------------------
@@ -74,7 +77,7 @@ async def invoice_quote(session: AsyncTenantTransaction, row_id: UUID) -> Any:
 router.include_router(patient_routes)
 router.include_router(crud_router("practitioners", practitioners, schemas.PRACTITIONER))
 router.include_router(crud_router("appointments", appointments, schemas.APPOINTMENT))
-router.include_router(crud_router("medical-records", medical_records, schemas.MEDICAL_RECORD))
+router.include_router(crud_router("medical-records", medical_records, schemas.MEDICAL_RECORD, audited="medical_record"))
 router.include_router(document_routes)
 router.include_router(crud_router("consents", consents, schemas.CONSENT))
 router.include_router(crud_router("consent-templates", consent_templates, schemas.CONSENT_TEMPLATE))

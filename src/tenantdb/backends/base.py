@@ -12,13 +12,16 @@ from tenantdb.model import DatabaseRole, Server, StrEnum, Tenant
 class Location:
     """Where a tenant's database is and as whom to enter: the one answer that sessions, migrations and seeds are built from.
 
-    ``password`` decrypts on call, so that the plain text lives only as long as a connect takes; it is not part of the repr.
+    ``password`` decrypts on call, so that the plain text lives only as long as a connect takes; it is not part of the repr. While it is
+    being changed a role has two, of which the server knows one: ``other_password`` tells what to try once where ``password`` was refused,
+    if anything. It reads the registry.
     """
 
     tenant: Tenant
     server: Server
     role: DatabaseRole
     password: Callable[[], str] = field(repr=False)
+    other_password: Callable[[], Callable[[], str] | None] = field(repr=False)
 
     @property
     def host(self) -> str | None:
@@ -44,6 +47,14 @@ class ConnectFailed(Exception):
     def __init__(self, kind: FailureClass, problem: str) -> None:
         super().__init__(kind, problem)
         self.kind, self.problem = kind, problem
+
+
+class FenceLevel(StrEnum):
+    """Whom a database server lets into a tenant's database: both roles, the owner role alone (so that it can be migrated), nobody."""
+
+    OPEN = "open"
+    SUSPENDED = "suspended"
+    CLOSED = "closed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from pydantic import SecretStr
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.engine.interfaces import Dialect
 
-from tenantdb.backends.base import FoundDatabase, Location, ServerReport
-from tenantdb.model import Server, Tenant
+from tenantdb.backends.base import FenceLevel, FoundDatabase, Location, ServerReport
+from tenantdb.backends.weakness import Diagnosis, Patient, ServerExamination
+from tenantdb.model import Server, Template, Tenant
 from tenantdb.settings import ConnectionURL, Settings
 
 
@@ -47,18 +48,67 @@ class Workshop(Protocol):
 
     def find_database(self, name: str) -> FoundDatabase | None: ...
     def find_roles(self, names: Sequence[str]) -> list[str]: ...
-    def create_database(self, tenant: Tenant) -> None:
-        """Make the tenant's database, closed to everyone until `open_database`."""
+    def ours(self) -> tuple[set[str], set[str]]:
+        """The databases and the roles on the server whose names look as if we had drawn them."""
 
-    def drop_invalid_database(self, name: str) -> None: ...
+    def lock(self, name: str) -> None:
+        """Keep other workers, the dead ones included whose statement still runs, from making or dropping this database.
+
+        Raises: `OperationInProgress`.
+        """
+
+    def create_database(self, tenant: Tenant, template: Template | None) -> None:
+        """Make the tenant's database, closed to everyone until `open_database`: a clone of ``template``, or empty."""
+
     def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         """Make both roles, or give them these passwords where they exist."""
 
     def open_database(self, tenant: Tenant) -> None:
-        """Shut PUBLIC out, set grants, schemas, extensions and the identity stamp; then let the tenant's roles in."""
+        """Shut PUBLIC out and let the tenant's roles in."""
+
+    def fit(self, tenant: Tenant) -> None:
+        """Inside: the identity stamp, grants; what was cloned is given over to the owner role; what was not is furnished."""
 
     def verify(self, tenant: Tenant) -> list[str]:
         """Everything that is more open than it must be, in words; empty when all is well."""
+
+    def create_template(self, template: Template) -> None:
+        """An empty golden database with a role that owns what migrations make in it."""
+
+    def template_engine(self, template: Template) -> AbstractContextManager[Engine]:
+        """For migrating it, as that role."""
+
+    def close_template(self, template: Template) -> None:
+        """Nobody connects to it from now on: a session in it would keep it from being cloned."""
+
+    def drop_template(self, template: Template) -> None: ...
+
+    def fence(self, tenant: Tenant, level: FenceLevel) -> None:
+        """Decide whom the server lets in, and end the sessions of whom it does not. Does nothing where there is no database."""
+
+    def set_passwords(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None: ...
+    def now(self) -> Any:
+        """The server's time; it tells which sessions are older than a change."""
+
+    def sessions(self, tenant: Tenant, *, before: Any) -> int:
+        """How many of the tenant's sessions began before a moment."""
+
+    def end_sessions(self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None) -> int: ...
+    def drop_database(self, tenant: Tenant) -> None: ...
+    def drop_roles(self, tenant: Tenant) -> None: ...
+
+
+class Doctor(Protocol):
+    """Looks at one server and the tenants on it for what is weaker than it must be, and mends what is harmless where ``repair`` says so.
+
+    Each method opens one connection at a time, and closes it. Raises: `ServerUnavailable`.
+    """
+
+    def examine_server(self, patients: Sequence[Patient], templates: Sequence[Template], *, whole: bool, repair: bool) -> ServerExamination:
+        """Everything that can be seen without entering a tenant's database; ``whole``: the server's own weaknesses too."""
+
+    def examine_inside(self, patient: Patient, *, repair: bool) -> list[Diagnosis]:
+        """One tenant's database, which must be enterable."""
 
 
 class Backend(Protocol):
@@ -94,3 +144,6 @@ class Backend(Protocol):
 
     def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> ServerReport:
         """Look with the provisioner's eyes, and change nothing. Raises: `ServerUnavailable`."""
+
+    def doctor(self, server: Server, url: ConnectionURL, settings: Settings) -> Doctor:
+        """Who looks harder than `check_server`, with the provisioner's login. Opens nothing yet."""

@@ -9,13 +9,15 @@ Files are opened with ``mode=rw``: a missing tenant is an error, never a new emp
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import UUID
 
@@ -25,10 +27,14 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import NullPool, QueuePool
 
-from tenantdb.backends.base import ConnectFailed, FailureClass, FoundDatabase, Location, ServerReport
+from tenantdb.backends import recordlog
+from tenantdb.backends.base import ConnectFailed, FailureClass, FenceLevel, FoundDatabase, Location, ServerReport
 from tenantdb.errors import ConfigError, RegistryNotInitialized, WrongDatabase
-from tenantdb.model import DatabaseRole, Server, Tenant
+from tenantdb.model import DatabaseRole, Server, Template, Tenant
 from tenantdb.settings import SQLITE, ConnectionURL, Settings
+
+if TYPE_CHECKING:
+    from tenantdb.backends.protocols import Doctor
 
 IDENTITY_TABLE = "tenantdb_identity"
 _FOR_EVER = 2**31 - 1  # milliseconds; to SQLite 0 means not to wait at all
@@ -62,7 +68,7 @@ class SQLite:
             connection = dialect.connect(_existing(path), **arguments)
         except sqlite3.OperationalError as error:
             raise ConnectFailed(FailureClass.TENANT, "the tenant's database file cannot be opened") from error
-        _configure(connection, settings, location)
+        _configure(connection, settings, location.tenant, migrating=location.role is DatabaseRole.OWNER)
         return connection
 
     def wire(self, dialect: Dialect, connection: Any) -> FileWire:
@@ -71,7 +77,7 @@ class SQLite:
     def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
         path = Path(url.path or "").absolute()
         engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=QueuePool, hide_parameters=True)
-        self._prepare(engine, path, settings)
+        _prepare(engine, path, settings)
         return engine
 
     def prepare_registry(self, url: ConnectionURL) -> None:
@@ -83,40 +89,53 @@ class SQLite:
 
     @contextmanager
     def workshop(self, server: Server, url: ConnectionURL, settings: Settings) -> Iterator[SQLiteWorkshop]:
-        yield SQLiteWorkshop(server)
+        yield SQLiteWorkshop(server, settings)
 
     @contextmanager
     def scratch_engine(self, server: Server, url: ConnectionURL, settings: Settings) -> Iterator[Engine]:
         with tempfile.TemporaryDirectory(prefix="tenantdb-") as folder:
             path = Path(folder) / "scratch.sqlite3"
             path.touch()
-            engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool)
-            self._prepare(engine, path, settings)
-            try:
+            with engine_on(path, settings) as engine:
                 yield engine
-            finally:
-                engine.dispose()
 
     def check_server(self, server: Server, url: ConnectionURL, settings: Settings) -> ServerReport:
         folder = Path(server.path or "")
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         return ServerReport() if os.access(existing, os.W_OK) else ServerReport([f"the folder {str(folder)!r} cannot be written"])
 
-    def _prepare(self, engine: Engine, path: Path, settings: Settings) -> None:
-        """An engine on a file that is no tenant's."""
+    def doctor(self, server: Server, url: ConnectionURL, settings: Settings) -> Doctor:
+        from tenantdb.backends.sqlite_doctor import SQLiteDoctor
 
-        @event.listens_for(engine, "do_connect")
-        def open_existing(dialect: Any, record: Any, cargs: list[Any], cparams: dict[str, Any]) -> None:
-            if not path.exists():
-                raise RegistryNotInitialized
-            cargs[:] = [_existing(path)]
-            cparams["uri"] = True
+        return SQLiteDoctor(server)
 
-        @event.listens_for(engine, "connect")
-        def configure(dbapi_connection: Any, record: Any) -> None:
-            _configure(dbapi_connection, settings, None)
 
-        _send_begin(engine)
+@contextmanager
+def engine_on(path: Path, settings: Settings) -> Iterator[Engine]:
+    """An engine on a file of ours that is no tenant's, for as long as the block lasts."""
+    engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool)
+    _prepare(engine, path, settings, migrating=True)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _prepare(engine: Engine, path: Path, settings: Settings, *, migrating: bool = False) -> None:
+    """An engine on a file that is no tenant's."""
+
+    @event.listens_for(engine, "do_connect")
+    def open_existing(dialect: Any, record: Any, cargs: list[Any], cparams: dict[str, Any]) -> None:
+        if not path.exists():
+            raise RegistryNotInitialized
+        cargs[:] = [_existing(path)]
+        cparams["uri"] = True
+
+    @event.listens_for(engine, "connect")
+    def configure(dbapi_connection: Any, record: Any) -> None:
+        _configure(dbapi_connection, settings, None, migrating=migrating)
+
+    _send_begin(engine)
 
 
 _closing = threading.Lock()
@@ -188,9 +207,8 @@ def _existing(path: Path) -> str:
     return f"file:{quote(str(path))}?mode=rw"
 
 
-def _configure(connection: Any, settings: Settings, location: Location | None) -> None:
+def _configure(connection: Any, settings: Settings, tenant: Tenant | None, *, migrating: bool) -> None:
     """Once per connection, before any statement of the application. Raises: `WrongDatabase`, and closes the connection then."""
-    migrating = location is not None and location.role is DatabaseRole.OWNER
     connection.isolation_level = None  # we send BEGIN ourselves
     try:
         cursor = connection.cursor()
@@ -200,8 +218,8 @@ def _configure(connection: Any, settings: Settings, location: Location | None) -
             # switch does nothing inside a transaction, so it is set here, and `verify` looks for what broke.
             cursor.execute(f"PRAGMA foreign_keys={'OFF' if migrating else 'ON'}")
             cursor.execute("PRAGMA synchronous=NORMAL")  # in WAL mode safe against a crash of the process
-            if location is not None:
-                _check_identity(cursor, location.tenant)
+            if tenant is not None:
+                _check_identity(cursor, tenant)
         finally:
             cursor.close()
     except BaseException:
@@ -271,45 +289,113 @@ def _check_identity(cursor: Any, tenant: Tenant) -> None:
 
 
 class SQLiteWorkshop:
-    """Makes files. There are no roles: whoever can read the folder can read every tenant in it."""
+    """Makes files. There are no roles: whoever can read the folder can read every tenant in it, and there is nothing to fence."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, settings: Settings) -> None:
         self._server = server
+        self._folder = Path(server.path or "").absolute()
+        self._settings = settings
 
     def find_database(self, name: str) -> FoundDatabase | None:
-        path = Path(self._server.path or "") / f"{name}.sqlite3"
-        return FoundDatabase(name) if path.exists() else None
+        return FoundDatabase(name) if self._path(name).exists() else None
 
     def find_roles(self, names: Sequence[str]) -> list[str]:
         return []
 
-    def create_database(self, tenant: Tenant) -> None:
-        path = database_path(self._server, tenant)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # never over an existing file
+    def ours(self) -> tuple[set[str], set[str]]:
+        return {path.stem for path in self._folder.glob("t_*.sqlite3") if _OPAQUE.fullmatch(path.stem)}, set()
 
-    def drop_invalid_database(self, name: str) -> None:
-        """Nothing to do: a file exists or it does not."""
+    def lock(self, name: str) -> None:
+        """Making a file under its name and removing it are single steps."""
+
+    def create_database(self, tenant: Tenant, template: Template | None) -> None:
+        """The file gets its name when it is whole, and never that of another."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(tenant.database)
+        if template is None:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            return
+        with tempfile.TemporaryDirectory(prefix=".tenantdb-", dir=self._folder) as scratch:
+            copy = Path(scratch) / path.name
+            shutil.copyfile(self._path(template.database), copy)  # closed and checkpointed, so the file is all there is
+            copy.chmod(0o600)
+            os.link(copy, path)
 
     def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         raise ConfigError("SQLite has no roles")
 
     def open_database(self, tenant: Tenant) -> None:
-        with closing(sqlite3.connect(database_path(self._server, tenant))) as connection, connection:
+        """Whoever may read the folder is in."""
+
+    def fit(self, tenant: Tenant) -> None:
+        with closing(sqlite3.connect(_existing(self._path(tenant.database)), uri=True)) as connection, connection:
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute(f"CREATE TABLE IF NOT EXISTS {IDENTITY_TABLE} (tenant_id TEXT NOT NULL, stamped_at TEXT NOT NULL)")
+            self._furnish(connection)
             connection.execute(
                 f"INSERT INTO {IDENTITY_TABLE} SELECT ?, datetime('now') WHERE NOT EXISTS (SELECT 1 FROM {IDENTITY_TABLE})",
                 (str(tenant.id),),
             )
 
+    def _furnish(self, connection: sqlite3.Connection) -> None:
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {IDENTITY_TABLE} (tenant_id TEXT NOT NULL, stamped_at TEXT NOT NULL)")
+        recordlog.make(connection)
+
     def verify(self, tenant: Tenant) -> list[str]:
-        path = database_path(self._server, tenant)
-        with closing(sqlite3.connect(path)) as connection:
-            result = connection.execute("PRAGMA quick_check").fetchone()[0]
-            dangling = connection.execute("PRAGMA foreign_key_check").fetchall()
-        findings = [] if result == "ok" else [f"the file is damaged: {result}"]
-        findings += sorted({f"rows of {table} refer to rows of {parent} that are not there" for table, _, parent, _ in dangling})
-        if path.stat().st_mode & 0o077:
-            findings.append("others may read the file; its mode must be 0600")
-        return findings
+        from tenantdb.backends.sqlite_doctor import look_at_file
+
+        return [weakness.text for weakness in look_at_file(self._path(tenant.database), tenant)]
+
+    # -- golden databases --------------------------------------------------------------------------------------------------------------
+
+    def create_template(self, template: Template) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._remove(template.database)  # what a dead worker left of this very template
+        os.close(os.open(self._path(template.database), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+    @contextmanager
+    def template_engine(self, template: Template) -> Iterator[Engine]:
+        with engine_on(self._path(template.database), self._settings) as engine:
+            yield engine
+
+    def close_template(self, template: Template) -> None:
+        with closing(sqlite3.connect(_existing(self._path(template.database)), uri=True)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            connection.execute("PRAGMA journal_mode=DELETE")
+
+    def drop_template(self, template: Template) -> None:
+        self._remove(template.database)
+
+    # -- the end -----------------------------------------------------------------------------------------------------------------------
+
+    def fence(self, tenant: Tenant, level: FenceLevel) -> None:
+        """A file has no doors; the registry alone keeps a tenant from being served."""
+
+    def set_passwords(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
+        raise ConfigError("SQLite has no passwords")
+
+    def now(self) -> Any:
+        return None
+
+    def sessions(self, tenant: Tenant, *, before: Any) -> int:
+        return 0
+
+    def end_sessions(self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None) -> int:
+        return 0
+
+    def drop_database(self, tenant: Tenant) -> None:
+        self._remove(tenant.database)
+
+    def drop_roles(self, tenant: Tenant) -> None:
+        """There are none."""
+
+    def _path(self, name: str | None) -> Path:
+        return self._folder / f"{name}.sqlite3"
+
+    def _remove(self, name: str | None) -> None:
+        """The file last: a write-ahead log without it is read by nobody, and the file without its log would look whole."""
+        path = self._path(name)
+        for each in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm"), path):
+            each.unlink(missing_ok=True)
+
+
+_OPAQUE = re.compile(r"t_[0-9a-f]{16}", re.ASCII)

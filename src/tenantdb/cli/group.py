@@ -8,16 +8,25 @@ from typing import Any
 
 import click
 
-from tenantdb.cli import fleet, migrations, next_step, operate, output, security, start, tenants
+from tenantdb.cli import audit, doctor, fleet, migrations, next_step, operate, output, security, start, tenants, users
 from tenantdb.cli.app import Invocation, global_options, pass_invocation
 from tenantdb.context import acting
 from tenantdb.errors import TenantDBError
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "start": (start.dev, start.bootstrap_server, start.init, migrations.migrations),
-    "tenants": (tenants.provision, tenants.list_tenants, tenants.show, tenants.suspend, tenants.activate),
+    "tenants": (
+        tenants.provision,
+        tenants.list_tenants,
+        tenants.show,
+        tenants.update,
+        tenants.suspend,
+        tenants.activate,
+        users.users,
+        users.memberships,
+    ),
     "fleet": (fleet.migrate,),
-    "security": (security.generate_key,),
+    "security": (doctor.doctor, security.generate_key, security.rotate_keys, audit.audit),
     "operate": (operate.check, operate.worker, operate.shell),
 }
 

@@ -26,7 +26,7 @@ def check(invocation: Invocation) -> None:
 
     Settings, keys, registry, servers, rights. Exit code 1 when something does not work, 0 with warnings alone.
     """
-    from tenantdb.provisioning.check import Severity
+    from tenantdb.backends.weakness import Severity
 
     findings = invocation.database().check()
     problems = [finding for finding in findings if finding.severity is Severity.PROBLEM]

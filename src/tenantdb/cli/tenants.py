@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tenantdb.cli import output
-from tenantdb.cli.app import Invocation, json_option, pass_invocation
+from tenantdb.cli.app import Invocation, UsageProblem, json_option, pass_invocation
 from tenantdb.errors import TenantNotFound
 from tenantdb.model import Subscription, Tenant, TenantState
 from tenantdb.registry import fields
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tenantdb.database import TenantDB
 
 _COLUMNS = ("slug", "state", "name", "plan", "subscription", "server", "revision")
+_CLEARABLE = ("email", "phone", "country", "plan", "subscription-expires-at")
 _UNFINISHED = (TenantState.FAILED, TenantState.PROVISIONING)
 
 
@@ -97,6 +99,39 @@ def show(invocation: Invocation, slug: str) -> None:
     SLUG may be an id. Secrets are not shown.
     """
     _print(invocation, invocation.database().tenants.get(slug, suggest=True), in_full=True)
+
+
+def _moment(ctx: click.Context, parameter: click.Parameter, value: str | None) -> datetime | None:
+    try:
+        return None if value is None else fields.moment("it", datetime.fromisoformat(value.replace("Z", "+00:00")))
+    except ValueError:
+        raise click.BadParameter("a time with its time zone, for example 2030-01-31T00:00:00+00:00", ctx, parameter) from None
+
+
+@click.command()
+@click.argument("slug")
+@click.option("--name", callback=_text, help="Shown to people.")
+@click.option("--email", callback=_text, help="How to reach the tenant.")
+@click.option("--phone", callback=_text)
+@click.option("--country", callback=_text)
+@click.option("--plan", callback=_text)
+@click.option("--subscription", type=click.Choice([str(each) for each in Subscription]))
+@click.option("--subscription-expires-at", metavar="TIME", callback=_moment, help="With its time zone, as 2030-01-31T00:00:00+00:00.")
+@click.option("--clear", multiple=True, type=click.Choice(_CLEARABLE), help="Empty a field; may be given several times.")
+@json_option
+@pass_invocation
+def update(invocation: Invocation, /, slug: str, clear: tuple[str, ...], **details: Any) -> None:
+    """Change what is known about a tenant."""
+    changes = {name.replace("-", "_"): None for name in clear}
+    given = {name: value for name, value in details.items() if value is not None}
+    if twice := sorted(changes.keys() & given.keys()):
+        raise UsageProblem(f"{', '.join(twice)} cannot be both given and cleared")
+    changes |= given
+    if not changes:
+        raise UsageProblem("say what to change; `tenantdb update --help` lists it")
+    db = invocation.database()
+    changed = db.update(db.tenants.get(slug, suggest=True), **changes)
+    _print(invocation, changed, in_full=True)
 
 
 @click.command()

@@ -123,7 +123,7 @@ class Engines:
             pool.belongs_to(engine)
             lane[tenant.id.int] = engine
         if old is not None:
-            _retire([old])
+            _retire([old], outdated=True)
         return engine
 
     def _source(self, location: Location, *, is_async: bool, parks: bool) -> Source:
@@ -180,7 +180,7 @@ class Engines:
         for lane in lanes:
             engine = lane.pop(tenant_id.int, None)
             if engine is not None:
-                _retire([engine])
+                _retire([engine], outdated=True)
 
     def close(self) -> None:
         """Close idle connections; leased ones close when they come back. Waits until the servers have let go. May be called twice."""
@@ -270,9 +270,9 @@ def _current(lane: _Engines, tenant: Tenant) -> TenantEngine | None:
     return engine if engine is not None and _pool(engine).generation >= tenant.generation else None
 
 
-def _retire(engines: Sequence[TenantEngine]) -> None:
+def _retire(engines: Sequence[TenantEngine], *, outdated: bool = False) -> None:
     for engine in engines:
-        _pool(engine).retire()
+        _pool(engine).retire(outdated=outdated)
 
 
 def _pool(engine: TenantEngine) -> TenantPool:

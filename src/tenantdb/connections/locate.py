@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tenantdb.backends import Location
 from tenantdb.errors import TenantNotFound, TenantNotReady, TenantSuspended
 from tenantdb.model import DatabaseRole, Tenant, TenantState
@@ -28,9 +30,15 @@ class Locator:
             # An engine lives longer than the record it was made from: a secret that was mended meanwhile is taken from the newer one.
             newer = registry.peek(tenant.id)
             current = newer if newer is not None and newer.tenant.generation == tenant.generation else record
-            return registry.owner_password(current) if role is DatabaseRole.OWNER else registry.runtime_password(current)
+            return registry.passwords(current, role)[0]
 
-        location = Location(tenant, server, role, password)
+        def other_password() -> Callable[[], str] | None:
+            fresh = registry.tenants.row(tenant.id)
+            known = registry.passwords(fresh, role)
+            others = [index for index, each in enumerate(known) if each != password()]
+            return (lambda: registry.passwords(fresh, role)[others[0]]) if others else None
+
+        location = Location(tenant, server, role, password, other_password)
         check_host(ConnectionURL(server.backend, location.host), self._settings, f"server {server.name!r}")
         return location
 

@@ -89,6 +89,7 @@ class TenantPool(BudgetedPool):
         self.source = source
         self.shelf = source.new_shelf()
         self.retired = False
+        self.outdated = False  # retired because the tenant has changed: whoever looks it up again gets another pool
         self.generation = source.location.tenant.generation
         self._engine: Any = None  # for as long as there are connections; an engine that nobody holds may go with its last one
         self._engine_ref: Any = None
@@ -129,7 +130,7 @@ class TenantPool(BudgetedPool):
                 if rested >= self._check_after or unit.idle_since < budget.suspect_at or not unit.wire.settled():
                     self._check(unit, now)
             except BaseException:  # cancelled: the answer to its reset is still outstanding, and the next user reads it
-                self._give_back(unit)
+                self._give_back(unit, unit.reason)  # there is a reason where it was found dead and a listener failed
                 raise
         return unit.record
 
@@ -344,8 +345,10 @@ class TenantPool(BudgetedPool):
         old, self.shelf = self.shelf, self.source.new_shelf()
         self.source.budget.retire(old)
 
-    def retire(self) -> None:
-        """The same, and serve nobody any more: the tenant has moved, or may not be served. From any thread."""
+    def retire(self, *, outdated: bool = False) -> None:
+        """The same, and serve nobody any more: the tenant has moved or may not be served (``outdated``), or all is closed. From any
+        thread."""
+        self.outdated = outdated  # first, because who is refused looks at it
         self.retired = True
         self.source.budget.retire(self.shelf)
 

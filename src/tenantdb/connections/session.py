@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import SessionTransaction
 
 from tenantdb.connections.sqla import wire_of
-from tenantdb.errors import ConfigError
+from tenantdb.errors import ConfigError, EngineRetired
 
 EngineLookup = Callable[[str | UUID], tuple[UUID, Engine]]
 """From a key to the tenant's id and its engine, refusing what may not be served."""
@@ -36,6 +36,12 @@ class Pin:
         self._options = options
         self.leased: Any = None  # the engine of the transaction under way
 
+    @property
+    def tenant_id(self) -> UUID:
+        """Known since the session sent SQL for the first time."""
+        assert isinstance(self._key, UUID)
+        return self._key
+
     def engine(self) -> Any:
         if self.leased is not None:
             return self.leased
@@ -53,12 +59,25 @@ class PinnedSession:
     def get_bind(self, mapper: Any = None, *, bind: Any = None, **context: Any) -> Any:
         """The tenant's engine, whatever is executed. Raises: the typed error that says why the tenant cannot be served."""
         self._refuse_other(bind)
-        return self._tenantdb_pin.engine()
+        pin = self._tenantdb_pin
+        engine = pin.engine()
+        if self._flushing and pin.leased is None:  # type: ignore[attr-defined]
+            return self._connection_for_bind(engine).engine  # which the unit of work goes past
+        return engine
 
     def connection(self, bind_arguments: dict[str, Any] | None = None, **options: Any) -> Any:
         """The session's connection. SQLAlchemy would take another bind given here without asking `get_bind`."""
         self._refuse_other((bind_arguments or {}).get("bind"))
         return super().connection(bind_arguments, **options)  # type: ignore[misc]
+
+    def _connection_for_bind(self, engine: Any, execution_options: Any = None, **options: Any) -> Any:
+        """A connection of the engine, or of the next one where the tenant changed after the look-up. Raises: as `get_bind`."""
+        try:
+            return super()._connection_for_bind(engine, execution_options, **options)  # type: ignore[misc]
+        except EngineRetired:
+            if not engine.pool.outdated:  # all is closed, and nobody opens it again by waiting in line
+                raise
+        return super()._connection_for_bind(self._tenantdb_pin.engine(), execution_options, **options)  # type: ignore[misc]
 
     def _refuse_other(self, bind: Any) -> None:
         if bind is not None and bind is not self._tenantdb_pin.leased:

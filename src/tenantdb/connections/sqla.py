@@ -9,6 +9,8 @@ tests/unit/test_contract_sqlalchemy.py holds each of them to what is assumed her
 - A record of a pool can be made unconnected. SQLAlchemy connects it when it is checked out, and returns it to the pool when that fails.
 - A pool closes connections through `_close_connection`, and returns records through `_do_return_conn`: without a connection when it was
   closed, or detached.
+- A record that is given back calls listeners first and ``_return_conn`` last. One that is closed calls listeners first as well.
+- A session connects through its `_connection_for_bind`. Only its unit of work goes past it, by way of `get_bind`, while ``_flushing``.
 """
 
 from __future__ import annotations
@@ -26,10 +28,40 @@ class Record(_ConnectionRecord):
     unit: Any
     deadline: float
 
-    def __init__(self, pool: Pool, unit: Any, deadline: float) -> None:
+    def __init__(self, pool: BudgetedPool, unit: Any, deadline: float) -> None:
         super().__init__(pool, connect=False)
+        self._pool = pool
         self.unit = unit
         self.deadline = deadline
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        """Give the record back, whatever a listener does. Where one raises, the connection is closed, for SQLAlchemy leaves it in the hands
+        of the `Connection` whose close failed."""
+        leased = self.fairy_ref is not None or not _fairy_was_created
+        try:
+            super().checkin(_fairy_was_created)
+        except BaseException:
+            if leased:
+                self.close()
+            raise
+        finally:
+            if leased:
+                self._pool._do_return_conn(self)
+
+    def _checkin_failed(self, err: BaseException, _fairy_was_created: bool = True) -> None:
+        try:
+            self.invalidate(err)
+        finally:  # SQLAlchemy 2.0.44 has none
+            self.checkin(_fairy_was_created)
+
+    def close(self) -> None:
+        """Close the connection, also where a listener raises before SQLAlchemy has come to that."""
+        try:
+            super().close()
+        finally:
+            connection, self.dbapi_connection = self.dbapi_connection, None
+            if connection is not None:
+                self._pool._close_connection(connection)
 
 
 class TenantEngine(Engine):
@@ -78,6 +110,9 @@ class BudgetedPool(Pool):
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         self.logger.debug("Closing connection %r", connection)
         self._finish(connection)
+
+    def _return_conn(self, record: Any) -> None:
+        """Nothing: `Record.checkin` returns it, which a listener could keep SQLAlchemy from."""
 
 
 def wire_of(connection: Connection) -> Any:

@@ -6,6 +6,8 @@ success. So everything that runs Alembic here, the registry's own history includ
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,25 @@ class Scripts:
         with alembic_lock, _as_migration_error():
             return ScriptDirectory.from_config(self._config()).get_current_head()
 
+    def identity(self) -> tuple[str | None, str]:
+        """The head, and a digest of all revision files: who edits one without a new number has other migrations all the same.
+
+        Read anew only when a file has changed. Raises: as the constructor says.
+        """
+        known = _identities.get(self._location)
+        if known is not None and known[0] == _stamps(known[1]):
+            return known[2]
+        with alembic_lock, _as_migration_error():
+            scripts = ScriptDirectory.from_config(self._config())
+            folders = tuple(dict.fromkeys(str(folder) for folder in (scripts.dir, *scripts._version_locations)))
+            stamps = _stamps(folders)
+            digest = hashlib.sha256()
+            for path, *_ in stamps:
+                digest.update(Path(path).name.encode() + b"\0" + Path(path).read_bytes() + b"\0")
+            found = scripts.get_current_head(), digest.hexdigest()
+        _identities[self._location] = stamps, folders, found
+        return found
+
     def upgrade(self, engine: Engine, revision: str = "head") -> str | None:
         """Bring a database to a revision, through the application's ``env.py``, and return what it is at then.
 
@@ -63,6 +84,24 @@ class Scripts:
         location = self._location if ":" in self._location else str(Path(self._location).absolute())
         config.set_main_option("script_location", location.replace("%", "%%"))
         return config
+
+
+_Stamps = list[tuple[str, int, int]]
+_identities: dict[str, tuple[_Stamps, tuple[str, ...], tuple[str | None, str]]] = {}
+"""By location, as long as its files stay as they are. An application has one location, a run of tests a few."""
+
+
+def _stamps(folders: tuple[str, ...]) -> _Stamps:
+    """Path, size and time of every file of Python in these folders."""
+    found = []
+    for folder in folders:
+        try:
+            with os.scandir(folder) as entries:
+                files = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith(".py")]
+        except FileNotFoundError:
+            continue
+        found += [(path, status.st_size, status.st_mtime_ns) for path, status in files]
+    return sorted(found)
 
 
 def current_revision(connection: Connection) -> str | None:

@@ -7,20 +7,14 @@ import socket
 from dataclasses import dataclass
 
 from tenantdb.backends import backend
+from tenantdb.backends.weakness import Severity
 from tenantdb.connections.share import limits_of, registry_is_on
 from tenantdb.errors import ConfigError, TenantDBError
-from tenantdb.model import Server, StrEnum
+from tenantdb.model import Server
 from tenantdb.registry import Registry
-from tenantdb.settings import SQLITE, ConnectionURL, Settings
+from tenantdb.settings import KMS, SQLITE, ConnectionURL, Settings
 
 logger = logging.getLogger("tenantdb.connections")
-
-
-class Severity(StrEnum):
-    """A problem keeps something from working; a warning leaves something more open than it could be."""
-
-    PROBLEM = "problem"
-    WARNING = "warning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +49,7 @@ def check(registry: Registry, settings: Settings) -> list[Finding]:
             report = backend(server.backend).check_server(server, url, settings)
             findings += [Finding(Severity.PROBLEM, subject, text) for text in report.problems]
             findings += [Finding(Severity.WARNING, subject, text) for text in report.warnings]
-            findings += _connections(server, url, settings)
+            findings += connection_findings(server, url, settings)
         except TenantDBError as error:
             findings.append(Finding(Severity.PROBLEM, subject, error.explain()))
     return sorted(findings, key=lambda finding: finding.severity is Severity.WARNING)
@@ -74,7 +68,7 @@ def compare_at_start(registry: Registry, settings: Settings) -> None:
         if url is None:
             continue
         try:
-            findings += _connections(server, url, settings)
+            findings += connection_findings(server, url, settings)
         except TenantDBError as error:
             logger.warning("the budget could not be compared with server %s: %s", server.name, error.explain())
     for finding in findings:
@@ -84,8 +78,11 @@ def compare_at_start(registry: Registry, settings: Settings) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def _connections(server: Server, url: ConnectionURL, settings: Settings) -> list[Finding]:
-    """Whether the server has as many connections as all processes together may ask of it. Raises: `ConfigError`, `ServerUnavailable`."""
+def connection_findings(server: Server, url: ConnectionURL, settings: Settings, *, roles: bool = True) -> list[Finding]:
+    """Whether the server has as many connections as all processes together may ask of it, and the tenants' ``roles`` may open as many.
+
+    Raises: `ConfigError`, `ServerUnavailable`.
+    """
     if server.backend == SQLITE:
         return []
     from tenantdb.backends.postgresql.inspect import room_on  # psycopg is an extra
@@ -111,7 +108,7 @@ def _connections(server: Server, url: ConnectionURL, settings: Settings) -> list
             " Lower the budget, or raise max_connections"
         )
         findings.append(Finding(Severity.PROBLEM if budget.strict else Severity.WARNING, f"server {server.name}", text))
-    if room.narrow_roles:
+    if roles and room.narrow_roles:
         text = (
             f"{room.narrow_roles} of the tenants' roles have a CONNECTION LIMIT below {wanted_per_tenant}, the lowest is {room.narrowest}:"
             f" what budget.per_tenant={budget.per_tenant} in budget.processes={budget.share_of} may ask for is refused by the server before"
@@ -141,12 +138,16 @@ def _address(server: Server, settings: Settings) -> list[Finding]:
     return findings
 
 
+def _is_root(key: str) -> bool:
+    return ":" not in key and key != KMS
+
+
 def _settings(settings: Settings) -> list[Finding]:
     def warn(text: str) -> Finding:
         return Finding(Severity.WARNING, "settings", text)
 
     findings = []
-    if not settings.provisioners and any(":" not in key.get_secret_value() for key in settings.secret_keys):
+    if not settings.provisioners and any(_is_root(key.get_secret_value()) for key in settings.secret_keys):
         findings.append(
             warn(
                 "this process makes no databases and holds root keys, with which it could open owner secrets;"

@@ -17,10 +17,12 @@ from tenantdb.errors import ConfigError, describe_with_frames
 from tenantdb.model import Tenant
 
 Seed = Callable[[Session, Tenant], None]
+StaticSeed = Callable[[Session], None]
 Hook = Callable[[Tenant], None]
 S = TypeVar("S", bound=Callable[..., Any])
 
-EVENTS = tuple(f"{when}_{verb}" for verb in ("provision", "activate", "suspend", "update") for when in ("before", "after"))
+VERBS = ("provision", "activate", "suspend", "maintenance", "update", "delete", "restore", "purge", "rotate_credentials")
+EVENTS = tuple(f"{when}_{verb}" for verb in VERBS for when in ("before", "after"))
 
 logger = logging.getLogger("tenantdb.hooks")
 
@@ -30,11 +32,16 @@ class Hooks:
 
     def __init__(self) -> None:
         self.seeds: list[Seed] = []
+        self.static_seeds: list[StaticSeed] = []
         self._hooks: dict[str, list[Hook]] = {event: [] for event in EVENTS}
 
-    def seed(self, fn: S) -> S:
-        self.seeds.append(fn)
+    def seed(self, fn: S, *, static: bool) -> S:
+        (self.static_seeds if static else self.seeds).append(fn)
         return fn
+
+    def has_before(self, *verbs: str) -> bool:
+        """Whether anybody wants to be asked first."""
+        return any(self._hooks[f"before_{verb}"] for verb in verbs)
 
     def on(self, event: str) -> Callable[[S], S]:
         """Register a function for an event. Raises: `ConfigError` for an event that does not exist."""
@@ -50,6 +57,7 @@ class Hooks:
     def extend(self, other: Hooks) -> None:
         """Take over another's seeds and hooks, behind one's own."""
         self.seeds += other.seeds
+        self.static_seeds += other.static_seeds
         for event, hooks in other._hooks.items():
             self._hooks[event] += hooks
 

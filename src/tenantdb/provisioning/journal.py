@@ -1,69 +1,99 @@
-"""Carries an operation through its steps, writing before and after each where it is.
+"""Carries an operation through its steps, writing where it is before each, and after it what the step found out.
 
 A worker holds an operation by a lease that a heartbeat renews; one that dies loses it, and whoever takes the operation up continues at the
-step that was written last. An error ends the attempt: the tenant is failed, with the reason, and running it again continues there.
+step that was written last, which is why every step may run twice. An error ends the attempt. What it leaves depends on the procedure: a
+tenant that was to be made is failed, with the reason, and running it again continues there; what must come true in any case, such as a
+fence, is tried again by a worker.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 
 from sqlalchemy.engine import Connection
 
-from tenantdb.errors import ProvisioningError, TenantDBError, describe
+from tenantdb.errors import OperationFailed, ProvisioningError, TenantDBError, describe
 from tenantdb.model import Tenant, TenantState
-from tenantdb.provisioning.steps import LEASE, STEPS, Work
-from tenantdb.registry import Registry
-from tenantdb.registry.operations import Operation
+from tenantdb.provisioning.lease import LEASE, heartbeat
+from tenantdb.provisioning.work import Also, Work
 
 logger = logging.getLogger("tenantdb.provisioning")
 
-WORKER = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
-"""Names this process in the journal; the random part tells it from an earlier process with the same number."""
+Step = Callable[[Work], Also | None]
+
+_LONGEST_WAIT = 300  # seconds between two attempts
 
 
-def carry_out(work: Work) -> Tenant:
-    """Run the remaining steps of a claimed operation. Raises: `ProvisioningError`, ``from`` what went wrong."""
-    names = [name for name, _ in STEPS]
+@dataclass(frozen=True)
+class Procedure:
+    """A kind of operation. ``makes``: it ends with a tenant that is served, and one that fails leaves the tenant failed; ``insists``: a
+    worker tries again by itself."""
+
+    steps: tuple[tuple[str, Step], ...]
+    makes: bool = False
+    insists: bool = False
+
+
+def carry_out(work: Work, procedure: Procedure) -> Tenant:
+    """Run the remaining steps of a claimed operation, and return the tenant as it is then.
+
+    Raises: `ProvisioningError` or `OperationFailed`, ``from`` what went wrong.
+    """
+    names = [name for name, _ in procedure.steps]
     position = names.index(work.operation.step) if work.operation.step in names else 0
     operations = work.registry.operations
-    with _heartbeat(work.registry, work.operation):
+    with heartbeat(lambda: operations.renew(work.operation, LEASE), f"operation {work.operation.id}"):
         try:
-            if work.tenant.state is TenantState.FAILED:
+            if procedure.makes and work.tenant.state is TenantState.FAILED:
                 work.registry.tenants.transition(work.tenant, TenantState.PROVISIONING, action="tenant.retry")
                 work.reload()
-            for name, step in STEPS[position:]:
+            found: Also | None = None
+            for name, step in procedure.steps[position:]:
                 if name != work.operation.step:
-                    work.operation = operations.record(work.operation, name, started=False)
-                step(work)
+                    work.operation = operations.record(work.operation, name, also=found)
+                    if found is not None:
+                        _reload(work)
+                found = step(work)
+            work.operation = operations.finish(work.operation, also=found)
+            _reload(work)
         except BaseException as error:
-            _give_up(work, error)
+            _give_up(work, procedure, error)
             if not isinstance(error, Exception):
                 raise
-            raise ProvisioningError(work.tenant.slug, work.operation.step or "start", describe(error)) from error
+            step_name, problem = work.operation.step or "start", describe(error)
+            if procedure.makes:
+                raise ProvisioningError(work.tenant.slug, step_name, problem) from error
+            raise OperationFailed(work.tenant.slug, work.operation.kind, step_name, problem) from error
+        finally:
+            work.release()
     return work.tenant
 
 
-def _give_up(work: Work, error: BaseException) -> None:
+def _reload(work: Work) -> None:
+    work.registry.forget(work.tenant.id, work.tenant.slug)
+    work.reload()
+
+
+def _give_up(work: Work, procedure: Procedure, error: BaseException) -> None:
     """Write down why. When even that fails, the lease runs out and the journal still says where to continue."""
     problem = describe(error) if isinstance(error, Exception) else f"interrupted by {type(error).__name__}"
-    tenants = work.registry.tenants
+    tenants, operations = work.registry.tenants, work.registry.operations
 
     def fail_tenant(connection: Connection) -> None:
         """With the operation, or whoever claims the failed operation could have a tenant that fails under his hands."""
         tenant = tenants.find_in(connection, work.tenant.id)
-        if tenant.state is TenantState.PROVISIONING:
+        if procedure.makes and tenant.state is TenantState.PROVISIONING:
             reason = f"{work.operation.step}: {problem}"
             tenants.transition_in(connection, tenant, TenantState.FAILED, action="tenant.fail", reason=reason)
 
     try:
-        work.registry.operations.fail(work.operation, problem, also=fail_tenant)
+        if procedure.insists:
+            operations.postpone(work.operation, problem, timedelta(seconds=min(2**work.operation.attempt, _LONGEST_WAIT)))
+        else:
+            operations.fail(work.operation, problem, also=fail_tenant)
         work.registry.forget(work.tenant.id, work.tenant.slug)
     except TenantDBError as unwritten:
         logger.error(
@@ -72,23 +102,3 @@ def _give_up(work: Work, error: BaseException) -> None:
             problem,
             describe(unwritten),
         )
-
-
-@contextmanager
-def _heartbeat(registry: Registry, operation: Operation) -> Iterator[None]:
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(LEASE.total_seconds() / 3):
-            try:
-                registry.operations.renew(operation, LEASE)
-            except TenantDBError:
-                logger.warning("the lease of operation %s could not be renewed; its next write will tell", operation.id)
-
-    thread = threading.Thread(target=beat, name="tenantdb-lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

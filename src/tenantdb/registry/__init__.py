@@ -19,15 +19,17 @@ from tenantdb.registry.memberships import MembershipStore
 from tenantdb.registry.operations import Operation, OperationState, OperationStore
 from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.refresh_tokens import RefreshGrant, RefreshTokenStore
-from tenantdb.registry.secrets import OWNER, RUNTIME, Keyring
+from tenantdb.registry.rotation import KeyKeeper
+from tenantdb.registry.secrets import OWNER, RUNTIME, Keyring, password_place
 from tenantdb.registry.servers import ServerStore
-from tenantdb.registry.signup import SignUp, sign_up
+from tenantdb.registry.signup import Hands, SignUp, Taking, sign_up
+from tenantdb.registry.templates import TemplateStore
 from tenantdb.registry.tenants import TenantStore
 from tenantdb.registry.transactions import Transactions, begin, mapped_errors
 from tenantdb.registry.users import UserStore
 from tenantdb.settings import Settings
 
-__all__ = ["Keyring", "Operation", "OperationState", "RefreshGrant", "Registry", "SignUp", "TenantRecord"]
+__all__ = ["Hands", "Keyring", "Operation", "OperationState", "RefreshGrant", "Registry", "SignUp", "Taking", "TenantRecord"]
 
 
 class Registry:
@@ -47,15 +49,17 @@ class Registry:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.keyring = keyring
-        self._transactions = Transactions(engine, admin_engine, self._check)
+        self._transactions = Transactions(engine, admin_engine, self._check, keyring)
         self._cache = RecordCache(size=settings.cache_size, ttl=settings.cache_ttl, clock=clock)
-        self.audit = AuditStore(self._transactions)
+        self.audit = AuditStore(self._transactions, keyring, settings)
         self.servers = ServerStore(self._transactions, keyring, self._cache.clear)
         self.tenants = TenantStore(self._transactions, self.servers.read, self.forget)
         self.users = UserStore(self._transactions)
         self.memberships = MembershipStore(self._transactions)
         self.refresh_tokens = RefreshTokenStore(self._transactions)
         self.operations = OperationStore(self._transactions)
+        self.keys = KeyKeeper(self._transactions, keyring, self.forget)
+        self.templates = TemplateStore(self._transactions)
 
     # -- the data path --
 
@@ -64,7 +68,13 @@ class Registry:
 
         Raises: `TenantNotFound`; `RegistryUnavailable` and the like, which say nothing about the tenant and are not remembered.
         """
-        return self._cache.get(key, self.tenants.record)
+        return self._cache.get(key, self._load)
+
+    def _load(self, key: str | UUID) -> TenantRecord:
+        record = self.tenants.record(key)
+        for blob in (record.runtime_secret, record.runtime_secret_pending):  # a connect may be made by an event loop, which cannot wait
+            self.keyring.warm(RUNTIME, blob, str(record.tenant.id), f"{DatabaseRole.RUNTIME}_secret")
+        return record
 
     def peek(self, key: str | UUID) -> TenantRecord | None:
         """The same without I/O: None where only `lookup` can tell. Raises: `TenantNotFound` where that is remembered."""
@@ -112,6 +122,7 @@ class Registry:
     def close(self) -> None:
         """Close idle connections and forget what is cached. May be called twice."""
         self._cache.clear()
+        self.audit.close()
         self._transactions.close()
 
     # -- transactions --
@@ -136,29 +147,40 @@ class Registry:
 
     # -- sign-up --
 
-    def sign_up(self, request: SignUp) -> tuple[Tenant, Operation]:
-        """Make user, tenant, membership and operation in one transaction.
+    def sign_up(self, request: SignUp, *, taking: Taking | None = None, hands: Hands | None = None) -> tuple[Tenant, Operation]:
+        """Make user, tenant, membership and operation in one transaction; see `tenantdb.registry.signup.sign_up`.
 
         Raises: `TenantExists`, `UserExists`, `InvalidSlug`, `InvalidUser`, `UserNotFound`. Nothing was written then.
         """
-        return sign_up(self, request)
+        return sign_up(self, request, taking=taking, hands=hands)
 
     # -- passwords of database roles --
 
     def seal_password(self, password: str, *, role: DatabaseRole, tenant: Tenant, server: Server, database: str, role_name: str) -> bytes:
         """Encrypt a role's password for its place. Raises: `SecretKeyError`."""
-        return self.keyring.seal(_purpose(role), password.encode(), *_place(tenant, role, server.id, database, role_name))
+        return self.keyring.seal(_purpose(role), password.encode(), *password_place(tenant.id, role, server.id, database, role_name))
+
+    def passwords(self, record: TenantRecord, role: DatabaseRole) -> list[str]:
+        """A role's password, and behind it the one that is about to replace it, if any. The owner's are read with the login that owns the
+        registry. Raises: `CredentialTampered`, `SecretKeyError`, `TenantNotFound`."""
+        if role is DatabaseRole.OWNER:
+            sealed, pending = self.tenants.owner_secrets(record.tenant.id)
+        else:
+            sealed, pending = record.runtime_secret, record.runtime_secret_pending
+        name = record.tenant.owner_role if role is DatabaseRole.OWNER else record.tenant.runtime_role
+        return [self._open(record, role, blob, name) for blob in ((sealed,) if pending is None else (sealed, pending))]
 
     def runtime_password(self, record: TenantRecord) -> str:
-        """Raises: `CredentialTampered`, `SecretKeyError`."""
-        return self._open(record, DatabaseRole.RUNTIME, record.runtime_secret, record.tenant.runtime_role)
+        """The one that holds. Raises: as `passwords`."""
+        return self.passwords(record, DatabaseRole.RUNTIME)[0]
 
     def owner_password(self, record: TenantRecord) -> str:
-        """Read with the login that owns the registry. Raises: `CredentialTampered`, `SecretKeyError`, `TenantNotFound`."""
-        return self._open(record, DatabaseRole.OWNER, self.tenants.owner_secret(record.tenant.id), record.tenant.owner_role)
+        """The one that holds. Raises: as `passwords`."""
+        return self.passwords(record, DatabaseRole.OWNER)[0]
 
     def _open(self, record: TenantRecord, role: DatabaseRole, blob: bytes | None, role_name: str | None) -> str:
-        place = _place(record.tenant, role, None if record.server is None else record.server.id, record.tenant.database, role_name)
+        server_id = None if record.server is None else record.server.id
+        place = password_place(record.tenant.id, role, server_id, record.tenant.database, role_name)
         if blob is None:
             raise CredentialTampered(place[0], place[1])
         return self.keyring.open(_purpose(role), blob, *place).decode()
@@ -170,10 +192,3 @@ class Registry:
 
 def _purpose(role: DatabaseRole) -> str:
     return OWNER if role is DatabaseRole.OWNER else RUNTIME
-
-
-def _place(
-    tenant: Tenant, role: DatabaseRole, server_id: UUID | None, database: str | None, role_name: str | None
-) -> tuple[str, str, str, str, str]:
-    """What a password is bound to: tenant and column, then server, database and role."""
-    return str(tenant.id), f"{role}_secret", str(server_id), str(database), str(role_name)

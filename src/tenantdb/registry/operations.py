@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -22,6 +22,14 @@ from tenantdb.registry import audit, fields, tables
 from tenantdb.registry.transactions import Transactions
 
 PROVISION = "provision"
+SPARE = "spare"
+REFRESH = "refresh"
+TAKE = "take"
+FENCE = "fence"
+ACTIVATE = "activate"
+RESTORE = "restore"
+PURGE = "purge"
+ROTATE = "rotate"
 
 _operations = tables.operations
 
@@ -29,7 +37,8 @@ Also = Callable[[Connection], object]
 
 
 class OperationState(StrEnum):
-    """Waiting for a worker, in the hands of one, or ended. A failed one runs again only when it is asked for by name."""
+    """Waiting for a worker, in the hands of one, or ended. A failed one runs again only when it is asked for by name; one that is to be
+    tried again by itself is pending, with the error of its last attempt, and ``lease_until`` says not before when."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -59,7 +68,7 @@ class Operation:
 
 
 class OperationStore:
-    """Reads and writes the journal. `create` is the serving login's; all else is for the login that owns the registry."""
+    """Reads and writes the journal."""
 
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
@@ -73,25 +82,40 @@ class OperationStore:
         payload: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
         request_hash: bytes = b"",
+        worker: str | None = None,
+        lease: timedelta | None = None,
+        done: bool = False,
     ) -> Operation:
-        """A pending operation, in the caller's transaction. Raises: `IntegrityError` where the idempotency key is taken."""
-        operation_id, now = uuid.uuid4(), tables.utcnow()
-        connection.execute(
-            insert(_operations).values(
-                id=operation_id,
-                kind=kind,
-                tenant_id=tenant_id,
-                idempotency_key=idempotency_key,
-                request_hash=request_hash,
-                state=OperationState.PENDING.value,
-                started=False,
-                attempt=0,
-                payload=fields.document("payload", payload),
-                created_at=now,
-                updated_at=now,
-            )
-        )
-        return _one(connection, operation_id)
+        """An operation, in the caller's transaction: pending, in the hands of ``worker`` from the start, or ``done`` with it.
+
+        ``worker`` is for a tenant that is new: of others only `claim` knows whether somebody else is at work.
+
+        Raises: `IntegrityError` where the idempotency key is taken.
+        """
+        now = tables.utcnow()
+        values: dict[str, Any] = {
+            "id": uuid.uuid4(),
+            "kind": kind,
+            "tenant_id": tenant_id,
+            "idempotency_key": idempotency_key,
+            "request_hash": request_hash,
+            "state": OperationState.PENDING,
+            "step": None,
+            "started": False,
+            "attempt": 0,
+            "worker": None,
+            "lease_until": None,
+            "error": None,
+            "payload": fields.document("payload", payload),
+            "created_at": now,
+            "updated_at": now,
+        }
+        if done:
+            values |= {"state": OperationState.DONE, "worker": worker}
+        elif worker is not None and lease is not None:
+            values |= {"state": OperationState.RUNNING, "attempt": 1, "worker": worker, "lease_until": now_at(connection) + lease}
+        connection.execute(insert(_operations), {**values, "state": values["state"].value})
+        return Operation(**values)
 
     def get(self, operation_id: UUID) -> Operation | None:
         with self._transactions.read() as connection:
@@ -105,50 +129,97 @@ class OperationStore:
     def by_key_in(self, connection: Connection, idempotency_key: str) -> Operation | None:
         return _first(connection, _operations.c.idempotency_key == idempotency_key)
 
-    def for_tenant(self, tenant_id: UUID) -> Operation | None:
-        """The tenant's newest operation."""
+    def for_tenant(self, tenant_id: UUID, *, kinds: Collection[str] | None = None) -> Operation | None:
+        """The tenant's newest operation, of all or of some kinds."""
         with self._transactions.read() as connection:
-            return _first(connection, _operations.c.tenant_id == tenant_id)
+            return self.for_tenant_in(connection, tenant_id, kinds=kinds)
 
-    def claim(self, operation_id: UUID, worker: str, lease: timedelta) -> Operation | None:
-        """Take a pending or failed operation, or one whose worker's lease has ended; None where another holds it or it is done."""
+    def for_tenant_in(self, connection: Connection, tenant_id: UUID, *, kinds: Collection[str] | None = None) -> Operation | None:
+        where = _operations.c.tenant_id == tenant_id
+        return _first(connection, where if kinds is None else where & _operations.c.kind.in_(kinds))
+
+    def unfinished(self, *, kinds: Collection[str] | None = None) -> list[Operation]:
+        """What is pending, running or failed, the oldest first."""
+        where = _operations.c.state != OperationState.DONE.value
+        if kinds is not None:
+            where &= _operations.c.kind.in_(kinds)
+        with self._transactions.read() as connection:
+            rows = connection.execute(select(_operations).where(where).order_by(_operations.c.created_at, _operations.c.id)).mappings()
+            return [_operation(row) for row in rows]
+
+    def claim(self, operation_id: UUID, worker: str, lease: timedelta, *, dead: Collection[str] = ()) -> Operation | None:
+        """Take a pending or failed operation, or one whose worker's lease has ended, or is ``dead``; None where another holds it or it is
+        done."""
         with self._transactions.admin_write() as connection:
-            now = _now(connection)
-            takeable = _operations.c.state.in_([OperationState.PENDING.value, OperationState.FAILED.value]) | _abandoned(now)
-            return _take(connection, operation_id, takeable, worker, now + lease)
+            now = now_at(connection)
+            takeable = _operations.c.state.in_([OperationState.PENDING.value, OperationState.FAILED.value]) | _abandoned(now, dead)
+            return _take(connection, operation_id, takeable, worker, now + lease, dead)
 
-    def claim_next(self, worker: str, lease: timedelta, *, kinds: Collection[str] = (PROVISION,)) -> Operation | None:
+    def claim_next(
+        self,
+        worker: str,
+        lease: timedelta,
+        *,
+        kinds: Collection[str] = (PROVISION,),
+        servers: Collection[UUID] | None = None,
+        dead: Collection[str] = (),
+    ) -> Operation | None:
         """Take the oldest operation that waits or was abandoned; None where there is none. Two workers never get the same.
 
-        Only of ``kinds``: newer code may write down what this one cannot carry out.
+        Only of ``kinds``: newer code may write down what this one cannot carry out. Only of tenants on ``servers``, or on none yet.
         """
         with self._transactions.admin_write() as connection:
-            now = _now(connection)
-            waiting = ((_operations.c.state == OperationState.PENDING.value) | _abandoned(now)) & _operations.c.kind.in_(kinds)
-            operation_id = connection.scalar(
-                select(_operations.c.id)
-                .where(waiting)
-                .order_by(_operations.c.created_at, _operations.c.id)
-                .limit(1)
-                .with_for_update(skip_locked=True)
+            now = now_at(connection)
+            due = _operations.c.lease_until.is_(None) | (_operations.c.lease_until <= now)
+            waiting = ((_operations.c.state == OperationState.PENDING.value) & due) | _abandoned(now, dead)
+            waiting &= _operations.c.kind.in_(kinds)
+            other = _operations.alias()
+            busy = select(other.c.id).where(
+                (other.c.tenant_id == _operations.c.tenant_id)
+                & (other.c.id != _operations.c.id)
+                & (other.c.state == OperationState.RUNNING.value)
+                & (other.c.lease_until > now)
+                & ~other.c.worker.in_(dead)
             )
-            return None if operation_id is None else _take(connection, operation_id, waiting, worker, now + lease)
+            query = select(_operations.c.id).where(waiting & ~busy.exists())
+            if servers is not None:
+                tenants = tables.tenants
+                query = query.join(tenants, tenants.c.id == _operations.c.tenant_id).where(
+                    tenants.c.server_id.is_(None) | tenants.c.server_id.in_(servers)
+                )
+            query = query.order_by(_operations.c.created_at, _operations.c.id).limit(1)
+            operation_id = connection.scalar(query.with_for_update(skip_locked=True, of=_operations))
+            return None if operation_id is None else _take(connection, operation_id, waiting, worker, now + lease, dead)
 
     def queue_again(self, connection: Connection, operation: Operation) -> bool:
         """Let a worker take up a failed operation, in the caller's transaction, also as the serving login. False where it is not failed."""
         again = update(_operations).where((_operations.c.id == operation.id) & (_operations.c.state == OperationState.FAILED.value))
         return bool(connection.execute(again.values(state=OperationState.PENDING.value)).rowcount)
 
+    def workers(self) -> list[str]:
+        """Who has something in hands."""
+        running = _operations.c.state == OperationState.RUNNING.value
+        with self._transactions.read() as connection:
+            return [worker for worker in connection.scalars(select(_operations.c.worker).where(running).distinct()) if worker]
+
     def renew(self, operation: Operation, lease: timedelta) -> Operation:
         """Hold on. Raises: `OperationInProgress` where the lease has ended."""
         with self._transactions.admin_write() as connection:
-            now = _now(connection)
+            now = now_at(connection)
             return _write(connection, operation, now, lease_until=now + lease)
 
-    def record(self, operation: Operation, step: str, *, started: bool) -> Operation:
-        """Write down where the operation is. Raises: `OperationInProgress` where the lease has ended."""
+    def record(self, operation: Operation, step: str, *, also: Also | None = None) -> Operation:
+        """Write down which step begins; ``also`` writes what the last one found, in the same transaction.
+
+        Without ``also`` the write need not survive a crash of the registry's server: a step that is not written down is done again.
+        Raises: `OperationInProgress` where the lease has ended.
+        """
         with self._transactions.admin_write() as connection:
-            return _write(connection, operation, _now(connection), step=step, started=started)
+            if also is not None:
+                also(connection)
+            elif connection.dialect.name == "postgresql":
+                connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+            return _write(connection, operation, _clock(connection), step=step, started=True)
 
     def finish(self, operation: Operation, *, also: Also | None = None) -> Operation:
         """It is done; ``also`` writes in the same transaction. Raises: `OperationInProgress` where the lease has ended."""
@@ -161,9 +232,18 @@ class OperationStore:
         """
         return self._end(operation, OperationState.FAILED, error, also)
 
-    def _end(self, operation: Operation, state: OperationState, error: str | None, also: Also | None) -> Operation:
+    def postpone(self, operation: Operation, error: str, wait: timedelta) -> Operation:
+        """This attempt failed; a worker tries again, not before ``wait`` has passed. Raises: as `fail`."""
+        return self._end(operation, OperationState.PENDING, error, None, wait)
+
+    def _end(
+        self, operation: Operation, state: OperationState, error: str | None, also: Also | None, wait: timedelta | None = None
+    ) -> Operation:
         with self._transactions.admin_write() as connection:
-            ended = _write(connection, operation, _now(connection), state=state.value, error=error, worker=None, lease_until=None)
+            if also is not None:
+                also(connection)
+            until = None if wait is None else now_at(connection) + wait
+            ended = _write(connection, operation, _clock(connection), state=state.value, error=error, worker=None, lease_until=until)
             details = {"attempt": operation.attempt, "step": operation.step}
             audit.record(
                 connection,
@@ -173,25 +253,49 @@ class OperationStore:
                 outcome=str(state),
                 details=details,
             )
-            if also is not None:
-                also(connection)
             return ended
 
 
-def _now(connection: Connection) -> datetime:
+def now_at(connection: Connection) -> datetime:
+    """What time it is at the registry, by which leases are measured."""
     if connection.dialect.name == "sqlite":  # one machine, one clock
         return tables.utcnow()
     now: datetime = connection.execute(select(func.clock_timestamp(type_=tables.Moment()))).scalar_one()
     return now
 
 
-def _abandoned(now: datetime) -> ColumnElement[bool]:
-    return (_operations.c.state == OperationState.RUNNING.value) & (_operations.c.lease_until <= now)
+def _clock(connection: Connection) -> Any:
+    """The same for a condition, without asking first."""
+    return tables.utcnow() if connection.dialect.name == "sqlite" else func.clock_timestamp(type_=tables.Moment())
+
+
+def _abandoned(now: datetime, dead: Collection[str] = ()) -> ColumnElement[bool]:
+    gone = _operations.c.lease_until <= now
+    if dead:
+        gone |= _operations.c.worker.in_(dead)
+    return (_operations.c.state == OperationState.RUNNING.value) & gone
+
+
+def _busy(connection: Connection, tenant_id: UUID, *, besides: UUID | None = None, dead: Collection[str] = ()) -> bool:
+    """Whether a living worker has another operation of the tenant in hands: they would undo each other's work."""
+    running = (_operations.c.tenant_id == tenant_id) & (_operations.c.state == OperationState.RUNNING.value)
+    query = select(_operations.c.id).where(running & ~_abandoned(now_at(connection), dead))
+    return connection.execute(query if besides is None else query.where(_operations.c.id != besides)).first() is not None
 
 
 def _take(
-    connection: Connection, operation_id: UUID, takeable: ColumnElement[bool], worker: str, lease_until: datetime
+    connection: Connection,
+    operation_id: UUID,
+    takeable: ColumnElement[bool],
+    worker: str,
+    lease_until: datetime,
+    dead: Collection[str] = (),
 ) -> Operation | None:
+    """One operation of a tenant at a time."""
+    tenant_id = connection.scalar(select(_operations.c.tenant_id).where(_operations.c.id == operation_id))
+    connection.execute(select(tables.tenants.c.id).where(tables.tenants.c.id == tenant_id).with_for_update())
+    if tenant_id is None or _busy(connection, tenant_id, besides=operation_id, dead=dead):
+        return None
     taken = connection.execute(
         update(_operations)
         .where((_operations.c.id == operation_id) & takeable)
@@ -207,7 +311,7 @@ def _take(
     return _one(connection, operation_id) if taken.rowcount else None
 
 
-def _write(connection: Connection, operation: Operation, now: datetime, **values: Any) -> Operation:
+def _write(connection: Connection, operation: Operation, now: Any, **values: Any) -> Operation:
     held = (
         (_operations.c.id == operation.id)
         & (_operations.c.state == OperationState.RUNNING.value)
@@ -215,9 +319,12 @@ def _write(connection: Connection, operation: Operation, now: datetime, **values
         & (_operations.c.attempt == operation.attempt)
         & (_operations.c.lease_until > now)
     )
-    if connection.execute(update(_operations).where(held).values(**values, updated_at=tables.utcnow())).rowcount == 0:
+    values["updated_at"] = tables.utcnow()
+    if connection.execute(update(_operations).where(held).values(**values)).rowcount == 0:
         raise OperationInProgress(str(operation.tenant_id))
-    return _one(connection, operation.id)
+    if "state" in values:
+        values["state"] = OperationState(values["state"])
+    return replace(operation, **values)
 
 
 def _one(connection: Connection, operation_id: UUID) -> Operation:

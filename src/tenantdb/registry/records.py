@@ -9,8 +9,10 @@ from tenantdb.model import Server, Tenant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantRecord:
-    """A tenant, where it is, and the sealed password of its runtime role. Sealed: the plain one is made per connection only."""
+    """A tenant, where it is, and the sealed password of its runtime role, two while that is being changed. Sealed: the plain one is made
+    per connection only."""
 
     tenant: Tenant
     server: Server | None = None
     runtime_secret: bytes | None = field(default=None, repr=False)
+    runtime_secret_pending: bytes | None = field(default=None, repr=False)

@@ -29,6 +29,7 @@ alembic_lock = threading.RLock()
 """Held around every Alembic command in this process: its ``op`` and ``context`` are process-global."""
 
 _KEY_CHECK = b"tenantdb"
+KEY_CHECK_PLACE = ("registry", "key_check")
 _OWNS = text("SELECT pg_has_role(:role, relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(:table)")
 _LOCK = text(f"LOCK TABLE {tables.VERSION_TABLE} IN EXCLUSIVE MODE")
 _VERSIONS = text(f"SELECT version_num FROM {tables.VERSION_TABLE}")
@@ -70,7 +71,7 @@ def check_keys(connection: Connection, keyring: Keyring) -> None:
     with mapped_errors():
         blob = connection.scalar(select(tables.meta.c.key_check))
     if blob is not None and keyring.holds(RUNTIME):
-        keyring.open(RUNTIME, blob, "registry", "key_check")
+        keyring.open(RUNTIME, blob, *KEY_CHECK_PLACE)
 
 
 def grant_app(connection: Connection, role: str) -> None:
@@ -159,5 +160,5 @@ def _write_meta(connection: Connection, keyring: Keyring) -> None:
         connection.execute(update(tables.meta).values(**values))
         check_keys(connection, keyring)
     if keyring.holds(RUNTIME) and (found is None or found.key_check is None):
-        blob = keyring.seal(RUNTIME, _KEY_CHECK, "registry", "key_check")
+        blob = keyring.seal(RUNTIME, _KEY_CHECK, *KEY_CHECK_PLACE)
         connection.execute(update(tables.meta).values(key_check=blob))

@@ -152,14 +152,14 @@ class ServerStore:
     def _seal(self, server_id: UUID, values: dict[str, Any]) -> bytes | None:
         if not _sealed(values["backend"]):
             return None
-        return self._keyring.seal(RUNTIME, b"", str(server_id), "address", *_address(values))
+        return self._keyring.seal(RUNTIME, b"", *address_place({**values, "id": server_id}))
 
     def read(self, row: Mapping[str, Any]) -> Server:
         """A server from its row. Raises: `CredentialTampered` where its address was edited."""
         if _sealed(row["backend"]):
             if row["address_seal"] is None:
                 raise CredentialTampered(f"server {row['name']}", "address")
-            self._keyring.open(RUNTIME, row["address_seal"], str(row["id"]), "address", *_address(row))
+            self._keyring.open(RUNTIME, row["address_seal"], *address_place(row))
         fields = {name: row[name] for name in Server.__dataclass_fields__}
         return Server(**{**fields, "extensions": tuple(row["extensions"]), "schemas": tuple(row["schemas"])})
 
@@ -169,6 +169,6 @@ def _sealed(backend: str) -> bool:
     return backend != "sqlite"
 
 
-def _address(values: Mapping[str, Any]) -> list[str]:
-    """What is sealed. None and "" stay two things."""
-    return [repr(values[name]) for name in _ADDRESS]
+def address_place(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the seal is bound to. None and "" stay two things."""
+    return str(row["id"]), "address", *(repr(row[name]) for name in _ADDRESS)

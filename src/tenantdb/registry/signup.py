@@ -12,17 +12,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from tenantdb.errors import TenantExists, UserExists
-from tenantdb.model import MemberRole, NewUser, Subscription, Tenant, User
+from tenantdb.model import MemberRole, NewUser, Subscription, Tenant, TenantState, User
 from tenantdb.registry import audit, fields
 from tenantdb.registry.ids import user_id_of
-from tenantdb.registry.operations import PROVISION, Operation
+from tenantdb.registry.operations import PROVISION, TAKE, Operation
 from tenantdb.registry.passwords import hash_password
+from tenantdb.registry.tenants import SIGNED_UP, SpareWish, sign_up_values
 from tenantdb.registry.transactions import violates
 from tenantdb.resolvers import canonical_slug
 
@@ -59,8 +62,29 @@ class SignUp:
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
 
 
-def sign_up(registry: Registry, request: SignUp) -> tuple[Tenant, Operation]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taking:
+    """Whoever signs up may have a spare: which will do, and what is left to do with it. ``at_once``: nothing, it is active then."""
+
+    wish: SpareWish
+    at_once: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hands:
+    """Who carries an operation out from here on, and for how long without a sign of life; whether they can make a database too."""
+
+    worker: str
+    lease: timedelta
+    makes: bool
+
+
+def sign_up(
+    registry: Registry, request: SignUp, *, taking: Taking | None = None, hands: Hands | None = None
+) -> tuple[Tenant, Operation]:
     """Carry a sign-up out, or find the one that was carried out under the same idempotency key.
+
+    ``taking``: a spare will do. Without ``hands`` the operation is left to whoever claims it.
 
     Raises: `InvalidSlug`, `InvalidUser`, `UserNotFound`, `UserExists`; `TenantExists` where the slug is taken, or the key was used for
     something else. Nothing was written then.
@@ -71,7 +95,7 @@ def sign_up(registry: Registry, request: SignUp) -> tuple[Tenant, Operation]:
     if (earlier := _earlier(registry, request, key, digest)) is not None:
         return earlier
     try:
-        return _write(registry, request, key, digest)
+        return _write(registry, request, key, digest, taking, hands)
     except (TenantExists, UserExists, IntegrityError) as error:
         # The same request may have been quicker in another thread; then it holds the slug, the e-mail and the key.
         if (earlier := _earlier(registry, request, key, digest)) is not None:
@@ -92,7 +116,9 @@ def _earlier(registry: Registry, request: SignUp, key: str | None, digest: bytes
     return registry.tenants.get(operation.tenant_id), operation
 
 
-def _write(registry: Registry, request: SignUp, key: str | None, digest: bytes) -> tuple[Tenant, Operation]:
+def _write(
+    registry: Registry, request: SignUp, key: str | None, digest: bytes, taking: Taking | None, hands: Hands | None
+) -> tuple[Tenant, Operation]:
     owner = request.owner
     password_hash = hash_password(owner.password) if isinstance(owner, NewUser) else ""  # slow, so before the transaction
     with registry.write() as connection:
@@ -102,22 +128,32 @@ def _write(registry: Registry, request: SignUp, key: str | None, digest: bytes) 
             user_id = made.id
         elif owner is not None:
             user_id = user_id_of(connection, owner)
-        tenant = registry.tenants.create(
-            connection,
-            slug=request.slug,
-            name=request.name,
-            email=request.email,
-            phone=request.phone,
-            country=request.country,
-            plan=request.plan,
-            subscription=request.subscription,
-            metadata=request.metadata,
-        )
+        tenant, kind, done = _tenant(registry, connection, request, taking)
         if user_id is not None:
             registry.memberships.add_in(connection, user_id, tenant.id, MemberRole.OWNER)
+        mine = hands is not None and (hands.makes or kind == TAKE)
         operation = registry.operations.create(
-            connection, PROVISION, tenant.id, payload=request.payload, idempotency_key=key, request_hash=digest
+            connection,
+            kind,
+            tenant.id,
+            payload=request.payload,
+            idempotency_key=key,
+            request_hash=digest,
+            worker=hands.worker if hands is not None and mine else None,
+            lease=hands.lease if hands is not None and mine else None,
+            done=done,
         )
-        audit.record(connection, "tenant.sign_up", tenant_id=tenant.id, object=operation.id)
+        details = {} if kind == PROVISION else {"spare": True}
+        audit.record(connection, "tenant.sign_up", tenant_id=tenant.id, object=operation.id, details=details)
     registry.forget(tenant.id, tenant.slug)
     return tenant, operation
+
+
+def _tenant(registry: Registry, connection: Connection, request: SignUp, taking: Taking | None) -> tuple[Tenant, str, bool]:
+    """A spare that was made ahead, or else a row without a place; by which procedure it goes on, and whether that is over."""
+    values = sign_up_values(**{name: getattr(request, name) for name in SIGNED_UP})
+    if taking is not None:
+        to = TenantState.ACTIVE if taking.at_once else TenantState.PROVISIONING
+        if (taken := registry.tenants.take_spare(connection, values, taking.wish, to)) is not None:
+            return taken, TAKE, taking.at_once
+    return registry.tenants.create(connection, values), PROVISION, False

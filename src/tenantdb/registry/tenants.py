@@ -6,18 +6,20 @@ compare-and-set on the state that was read, so that of two processes one wins an
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import functools
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, Update, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tenantdb.errors import IllegalTransition, OperationInProgress, TenantExists, TenantNotFound
-from tenantdb.model import TRANSITIONS, Server, Subscription, Tenant, TenantState
+from tenantdb.model import TRANSITIONS, Fence, Server, Subscription, Tenant, TenantState
 from tenantdb.registry import audit, fields, tables
 from tenantdb.registry.ids import tenant_clause
 from tenantdb.registry.records import TenantRecord
@@ -28,6 +30,13 @@ SUGGESTIONS_FROM = 20_000  # slugs that "did you mean" compares with; more would
 
 _tenants, _servers = tables.tenants, tables.servers
 _TENANT_FIELDS = [name for name in Tenant.__dataclass_fields__ if name != "server"]
+_BEING_MADE = (TenantState.PROVISIONING.value, TenantState.SPARE.value)
+_FENCED = frozenset({TenantState.SUSPENDED, TenantState.DELETED, TenantState.PURGING})
+SIGNED_UP = ("slug", "name", "email", "phone", "country", "plan", "subscription", "metadata")
+_ERASED = (
+    "slug name email phone country plan subscription_expires_at server_id database owner_role runtime_role owner_secret runtime_secret"
+    " owner_secret_pending runtime_secret_pending revision adopted_from purge_after legal_hold fence"
+).split()
 UPDATABLE = ("name", "email", "phone", "country", "plan", "subscription", "subscription_expires_at", "metadata")
 
 
@@ -37,9 +46,16 @@ def _one(kind: type[str] | type[UUID]) -> Select[Any]:
     return _query(tenant_clause(bindparam("key", type_=(_tenants.c.id if kind is UUID else _tenants.c.slug).type), kind))
 
 
+@functools.cache
+def _any() -> Select[Any]:
+    """One row, by id, also that of a spare or of a purged tenant."""
+    return _query(_tenants.c.id == bindparam("key", type_=_tenants.c.id.type))
+
+
 def _query(where: ColumnElement[bool]) -> Select[Any]:
     columns: list[ColumnElement[Any]] = [_tenants.c[name] for name in _TENANT_FIELDS]
-    columns += [_tenants.c.runtime_secret, *(column.label(f"server_{column.name}") for column in _servers.c)]
+    columns += [_tenants.c.runtime_secret, _tenants.c.runtime_secret_pending]
+    columns += [column.label(f"server_{column.name}") for column in _servers.c]
     joined = _tenants.outerjoin(_servers, _tenants.c.server_id == _servers.c.id)
     return select(*columns).select_from(joined).where(where)
 
@@ -47,7 +63,67 @@ def _query(where: ColumnElement[bool]) -> Select[Any]:
 def _tenant(row: RowMapping) -> Tenant:
     values = {name: row[name] for name in _TENANT_FIELDS}
     values["state"], values["subscription"] = TenantState(row["state"]), Subscription(row["subscription"])
+    if values["fence"] is not None:
+        values["fence"] = Fence(values["fence"])
+    if values["slug"] is None:
+        values["slug"], values["name"] = str(row["id"]), ""
     return Tenant(server=row["server_name"], **values)
+
+
+@dataclass(frozen=True, slots=True)
+class SpareWish:
+    """Which spares will do: at this revision (any, where the process knows no migrations), on this server, in this region."""
+
+    revision: str | None = None
+    server: str | None = None
+    region: str | None = None
+    known: bool = True  # whether ``revision`` is known; None may be the head of a schema without revisions
+
+
+@functools.cache
+def _spare(known: bool, by_server: bool, by_region: bool) -> Select[Any]:
+    """The oldest ready spare, locked; what another taker has locked is passed over."""
+    spare = (_tenants.c.state == TenantState.SPARE.value) & _tenants.c.ready_at.is_not(None) & ~_servers.c.draining
+    if known:
+        spare &= _tenants.c.revision.is_not_distinct_from(bindparam("revision_now", type_=_tenants.c.revision.type))
+    if by_server:
+        spare &= _servers.c.name == bindparam("server_now", type_=_servers.c.name.type)
+    if by_region:
+        spare &= _servers.c.region == bindparam("region_now", type_=_servers.c.region.type)
+    joined = _tenants.join(_servers, _tenants.c.server_id == _servers.c.id)
+    oldest = select(_tenants.c.id).select_from(joined).where(spare).order_by(_tenants.c.ready_at, _tenants.c.id).limit(1)
+    return oldest.with_for_update(skip_locked=True, of=_tenants)
+
+
+@functools.cache
+def _take() -> Update:
+    taken = {name: bindparam(name, type_=_tenants.c[name].type) for name in (*SIGNED_UP, "state", "created_at", "updated_at")}
+    still = (_tenants.c.id == bindparam("id_now", type_=_tenants.c.id.type)) & (_tenants.c.state == TenantState.SPARE.value)
+    return update(_tenants).where(still).values({**taken, "ready_at": None, "version": _tenants.c.version + 1})
+
+
+def sign_up_values(
+    *,
+    slug: str,
+    name: str | None = None,
+    email: str | None = None,
+    phone: str | None = None,
+    country: str | None = None,
+    plan: str | None = None,
+    subscription: Subscription | str = Subscription.TRIAL,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The columns of a tenant that signs up; the slug is canonical already. Raises: `ValueError`, `TypeError`."""
+    return {
+        "slug": slug,
+        "name": fields.text("name", slug if name is None else name, required=True),
+        "email": fields.text("email", email),
+        "phone": fields.text("phone", phone),
+        "country": fields.text("country", country),
+        "plan": fields.text("plan", plan),
+        "subscription": fields.subscription(subscription).value,
+        "metadata": fields.document("metadata", metadata),
+    }
 
 
 class TenantStore:
@@ -65,14 +141,26 @@ class TenantStore:
 
         Raises: `TenantNotFound`, also for a purged tenant; `CredentialTampered` where its server's address was edited.
         """
+        return self._record(_one(UUID if isinstance(key, UUID) else str), key)
+
+    def row(self, tenant_id: UUID) -> TenantRecord:
+        """The same whatever its state, also of a spare or of a purged tenant. Raises: as `record`."""
+        return self._record(_any(), tenant_id)
+
+    def _record(self, query: Select[Any], key: str | UUID) -> TenantRecord:
         with self._transactions.read() as connection:
-            row = connection.execute(_one(UUID if isinstance(key, UUID) else str), {"key": key}).mappings().first()
+            row = connection.execute(query, {"key": key}).mappings().first()
         if row is None:
             raise TenantNotFound(str(key))
         server = (
             None if row["server_id"] is None else self._read_server({column.name: row[f"server_{column.name}"] for column in _servers.c})
         )
-        return TenantRecord(tenant=_tenant(row), server=server, runtime_secret=row["runtime_secret"])
+        return TenantRecord(
+            tenant=_tenant(row),
+            server=server,
+            runtime_secret=row["runtime_secret"],
+            runtime_secret_pending=row["runtime_secret_pending"],
+        )
 
     def get(self, tenant: str | UUID | Tenant, *, suggest: bool = False) -> Tenant:
         """The tenant as it is now, whatever its state. ``suggest`` looks for a slug alike when there is none: for operators only.
@@ -98,34 +186,12 @@ class TenantStore:
             rows = connection.execute(_query(where).order_by(_tenants.c.slug).limit(limit)).mappings().all()
         return [_tenant(row) for row in rows]
 
-    def create(
-        self,
-        connection: Connection,
-        *,
-        slug: str,
-        name: str | None = None,
-        email: str | None = None,
-        phone: str | None = None,
-        country: str | None = None,
-        plan: str | None = None,
-        subscription: Subscription | str = Subscription.TRIAL,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Tenant:
-        """A new tenant in state provisioning, without a place yet, in the caller's transaction. The slug is canonical already.
+    def create(self, connection: Connection, values: Mapping[str, Any]) -> Tenant:
+        """A new tenant in state provisioning, without a place yet, in the caller's transaction. ``values`` come from `sign_up_values`.
 
         Raises: `TenantExists`, after which the transaction can only be rolled back.
         """
         tenant_id, now = uuid.uuid4(), tables.utcnow()
-        values = {
-            "slug": slug,
-            "name": fields.text("name", slug if name is None else name, required=True),
-            "email": fields.text("email", email),
-            "phone": fields.text("phone", phone),
-            "country": fields.text("country", country),
-            "plan": fields.text("plan", plan),
-            "subscription": fields.subscription(subscription).value,
-            "metadata": fields.document("metadata", metadata),
-        }
         try:
             connection.execute(
                 insert(_tenants).values(
@@ -134,13 +200,13 @@ class TenantStore:
             )
         except IntegrityError as error:
             if violates(error, "tenantdb_tenants", "slug"):
-                raise TenantExists(slug) from error
+                raise TenantExists(values["slug"]) from error
             raise
         return self.find_in(connection, tenant_id)
 
     def find_in(self, connection: Connection, tenant_id: UUID) -> Tenant:
-        """A tenant in the caller's transaction. Raises: `TenantNotFound`."""
-        row = connection.execute(_query(tenant_clause(tenant_id))).mappings().first()
+        """A tenant in the caller's transaction, whatever its state. Raises: `TenantNotFound`."""
+        row = connection.execute(_any(), {"key": tenant_id}).mappings().first()
         if row is None:
             raise TenantNotFound(str(tenant_id))
         return _tenant(row)
@@ -155,17 +221,17 @@ class TenantStore:
         runtime_role: str | None,
         owner_secret: bytes | None,
         runtime_secret: bytes | None,
-        replacing: str | None = None,
-    ) -> Tenant:
-        """Give the tenant its place, once: only where it has none, or has the database name ``replacing``, which turned out to be taken.
+    ) -> Callable[[Connection], Tenant]:
+        """What gives the tenant its place, once, in the caller's transaction, who forgets the cached record when it is committed.
 
-        Raises: `OperationInProgress` where another process was quicker; `TenantNotFound`.
+        The transaction is that of the login that owns the tables. Raises then: `OperationInProgress` where it has a place already.
         """
-        free = _tenants.c.database.is_(None) if replacing is None else _tenants.c.database == replacing
-        with self._transactions.admin_write() as connection:
+
+        def write(connection: Connection) -> Tenant:
+            place = (_tenants.c.id == tenant.id) & _tenants.c.database.is_(None) & _tenants.c.state.in_(_BEING_MADE)
             changed = connection.execute(
                 update(_tenants)
-                .where((_tenants.c.id == tenant.id) & free & (_tenants.c.state == TenantState.PROVISIONING.value))
+                .where(place)
                 .values(
                     server_id=server.id,
                     database=database,
@@ -178,12 +244,12 @@ class TenantStore:
                     updated_at=tables.utcnow(),
                 )
             )
-            found = self.find_in(connection, tenant.id)
             if changed.rowcount == 0:
                 raise OperationInProgress(tenant.slug)
             audit.record(connection, "tenant.reserve", tenant_id=tenant.id, object=database, details={"server": server.name})
-        self._forget(tenant.id, tenant.slug)
-        return found
+            return self.find_in(connection, tenant.id)
+
+        return write
 
     def transition(
         self, tenant: Tenant, to: TenantState, *, action: str, reason: str | None = None, bump_generation: bool = False
@@ -207,26 +273,42 @@ class TenantStore:
         action: str,
         reason: str | None = None,
         bump_generation: bool = False,
+        values: Mapping[str, Any] | None = None,
+        held: bool = True,
     ) -> Tenant:
-        """The same in the caller's transaction, who forgets the cached record when it is committed."""
+        """The same in the caller's transaction, who forgets the cached record when it is committed. ``values`` are further columns.
+
+        ``held=False``: not where there is a legal hold.
+        """
         if to not in TRANSITIONS[tenant.state]:
             raise IllegalTransition(tenant.slug, str(tenant.state), str(to))
         now = tables.utcnow()
-        values: dict[str, Any] = {"state": to.value, "reason": reason, "version": _tenants.c.version + 1, "updated_at": now}
+        written: dict[str, Any] = {"state": to.value, "reason": reason, "version": _tenants.c.version + 1, "updated_at": now}
         if bump_generation:
-            values["generation"] = _tenants.c.generation + 1
+            written["generation"] = _tenants.c.generation + 1
+        if to in _FENCED:
+            written["fence"] = Fence.PENDING.value
+        elif tenant.fence is not None:
+            written["fence"] = None
         if to is TenantState.DELETED:
-            values["deleted_at"] = now
+            written["deleted_at"] = now
         elif tenant.state is TenantState.DELETED and to is TenantState.ACTIVE:
-            values["deleted_at"] = None
-        changed = connection.execute(
-            update(_tenants).where((_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value)).values(values)
-        )
+            written |= {"deleted_at": None, "purge_after": None}
+        unchanged = (_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value)
+        if not held:
+            unchanged &= _tenants.c.legal_hold.is_(None)
+        changed = connection.execute(update(_tenants).where(unchanged).values({**written, **(values or {})}))
         found = self.find_in(connection, tenant.id)
         if changed.rowcount == 0:
             raise IllegalTransition(tenant.slug, str(found.state), str(to))
         audit.record(connection, action, tenant_id=tenant.id, details={"from": str(tenant.state), "to": str(to)})
         return found
+
+    def still(self, connection: Connection, tenant: Tenant) -> None:
+        """Hold the tenant's row in the caller's transaction. Raises: `IllegalTransition` where its state has changed."""
+        state = connection.scalar(select(_tenants.c.state).where(_tenants.c.id == tenant.id).with_for_update())
+        if state != tenant.state.value:
+            raise IllegalTransition(tenant.slug, str(state), str(TenantState.ACTIVE))
 
     def update(self, tenant: Tenant | UUID | str, **changes: Any) -> Tenant:
         """Change what `UPDATABLE` names and nothing else. None clears a field that may be empty.
@@ -256,24 +338,190 @@ class TenantStore:
     def set_revision(self, tenant: Tenant, revision: str | None) -> Tenant:
         """Record the Alembic revision that the tenant's schema was brought to. Raises: `TenantNotFound`."""
         with self._transactions.admin_write() as connection:
-            connection.execute(
-                update(_tenants)
-                .where(_tenants.c.id == tenant.id)
-                .values(revision=revision, version=_tenants.c.version + 1, updated_at=tables.utcnow())
-            )
-            found = self.find_in(connection, tenant.id)
-            audit.record(connection, "tenant.revision", tenant_id=tenant.id, details={"from": tenant.revision, "to": revision})
+            found = self.set_revision_in(connection, tenant, revision)
         self._forget(tenant.id, tenant.slug)
         return found
 
-    def owner_secret(self, tenant_id: UUID) -> bytes | None:
-        """The sealed password of the owner role, read with the login that owns the registry. Raises: `TenantNotFound`."""
+    def set_revision_in(self, connection: Connection, tenant: Tenant, revision: str | None) -> Tenant:
+        """The same in the caller's transaction, who forgets the cached record when it is committed."""
+        connection.execute(
+            update(_tenants)
+            .where(_tenants.c.id == tenant.id)
+            .values(revision=revision, version=_tenants.c.version + 1, updated_at=tables.utcnow())
+        )
+        audit.record(connection, "tenant.revision", tenant_id=tenant.id, details={"from": tenant.revision, "to": revision})
+        return self.find_in(connection, tenant.id)
+
+    def owner_secrets(self, tenant_id: UUID) -> tuple[bytes | None, bytes | None]:
+        """The owner role's sealed password and the one that is to replace it, read with the login that owns the registry.
+
+        Raises: `TenantNotFound`.
+        """
         with self._transactions.admin_read() as connection:
-            row = connection.execute(select(_tenants.c.owner_secret).where(tenant_clause(tenant_id))).first()
+            columns = (_tenants.c.owner_secret, _tenants.c.owner_secret_pending)
+            row = connection.execute(select(*columns).where(_tenants.c.id == tenant_id)).first()
         if row is None:
             raise TenantNotFound(str(tenant_id))
-        secret: bytes | None = row.owner_secret
-        return secret
+        return row.owner_secret, row.owner_secret_pending
+
+    # -- spares ------------------------------------------------------------------------------------------------------------------------
+
+    def create_spare(self, connection: Connection) -> Tenant:
+        """The row of a spare that is to be made, in the caller's transaction of the login that owns the tables."""
+        tenant_id, now = uuid.uuid4(), tables.utcnow()
+        connection.execute(
+            insert(_tenants).values(
+                id=tenant_id,
+                state=TenantState.SPARE.value,
+                subscription=Subscription.TRIAL.value,
+                metadata={},
+                version=1,
+                generation=1,
+                created_at=now,
+                updated_at=now,
+            )
+        )
+        return self.find_in(connection, tenant_id)
+
+    def set_ready(self, connection: Connection, tenant: Tenant, *, ready: bool) -> bool:
+        """Offer a spare to whoever signs up, or withhold it, in the caller's transaction. False where it was taken meanwhile."""
+        now = tables.utcnow()
+        changed = connection.execute(
+            update(_tenants)
+            .where((_tenants.c.id == tenant.id) & (_tenants.c.state == TenantState.SPARE.value))
+            .values(ready_at=now if ready else None, version=_tenants.c.version + 1, updated_at=now)
+        )
+        return bool(changed.rowcount)
+
+    def take_spare(self, connection: Connection, values: Mapping[str, Any], wish: SpareWish, to: TenantState) -> Tenant | None:
+        """Turn one spare into a tenant, in the caller's transaction; None where there is none. Two takers never get the same.
+
+        ``values`` are the columns of a sign-up. Raises: `TenantExists`, after which the transaction can only be rolled back.
+        """
+        parameters = {"revision_now": wish.revision, "server_now": wish.server, "region_now": wish.region}
+        query = _spare(wish.known, wish.server is not None, wish.region is not None)
+        found: UUID | None = connection.execute(query, parameters).scalar()
+        if found is None:
+            return None
+        now = tables.utcnow()
+        written = {**values, "id_now": found, "state": to.value, "created_at": now, "updated_at": now}
+        try:
+            changed = connection.execute(_take(), written)
+        except IntegrityError as error:
+            if violates(error, "tenantdb_tenants", "slug"):
+                raise TenantExists(values["slug"]) from error
+            raise
+        return self.find_in(connection, found) if changed.rowcount else None
+
+    def spares(self) -> builtins.list[Tenant]:
+        """All spares, ready or not, the oldest first."""
+        query = _query(_tenants.c.state == TenantState.SPARE.value).order_by(_tenants.c.created_at, _tenants.c.id)
+        with self._transactions.read() as connection:
+            return [_tenant(row) for row in connection.execute(query).mappings()]
+
+    def on_server(self, server: Server) -> builtins.list[Tenant]:
+        """Every row with a place on a server, whatever its state."""
+        with self._transactions.read() as connection:
+            return [_tenant(row) for row in connection.execute(_query(_tenants.c.server_id == server.id)).mappings()]
+
+    # -- the end -----------------------------------------------------------------------------------------------------------------------
+
+    def hold(self, tenant: Tenant, reason: str | None) -> Tenant:
+        """Write down that the tenant may not be purged, and why; None lets go. For the login that owns the registry.
+
+        Raises: `ValueError`; `TenantNotFound`.
+        """
+        reason = fields.text("reason", reason)
+        with self._transactions.admin_write() as connection:
+            connection.execute(
+                update(_tenants)
+                .where(_tenants.c.id == tenant.id)
+                .values(legal_hold=reason, version=_tenants.c.version + 1, updated_at=tables.utcnow())
+            )
+            audit.record(connection, "tenant.hold" if reason else "tenant.release", tenant_id=tenant.id)
+            found = self.find_in(connection, tenant.id)
+        self._forget(tenant.id, tenant.slug)
+        return found
+
+    def fenced(self, connection: Connection, tenant: Tenant) -> bool:
+        """Write down that the server refuses the tenant now, in the caller's transaction. False where its state has changed meanwhile."""
+        changed = connection.execute(
+            update(_tenants)
+            .where((_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value) & _tenants.c.fence.is_not(None))
+            .values(fence=Fence.DONE.value, version=_tenants.c.version + 1, updated_at=tables.utcnow())
+        )
+        return bool(changed.rowcount)
+
+    def erase(self, connection: Connection, tenant: Tenant, certificate: Mapping[str, Any], *, besides: UUID) -> Tenant:
+        """Leave a tombstone of a tenant that is being purged: its id, when, and the certificate. The slug is free again, and nothing is
+        left to do for the tenant, ``besides`` the operation that does this.
+
+        In the caller's transaction of the login that owns the tables. Raises: `IllegalTransition`.
+        """
+        now = tables.utcnow()
+        for table in (tables.memberships, tables.refresh_tokens):
+            connection.execute(delete(table).where(table.c.tenant_id == tenant.id))
+        theirs = tables.operations.c.tenant_id == tenant.id
+        connection.execute(update(tables.operations).where(theirs).values(idempotency_key=None, payload={}))
+        connection.execute(update(tables.operations).where(theirs & (tables.operations.c.id != besides)).values(state="done"))
+        erased = dict.fromkeys(_ERASED)
+        return self.transition_in(
+            connection,
+            tenant,
+            TenantState.PURGED,
+            action="tenant.purge",
+            bump_generation=True,
+            values={**erased, "metadata": {}, "purged_at": now, "certificate": dict(certificate), "ready_at": None},
+        )
+
+    def certificate(self, tenant_id: UUID) -> Mapping[str, Any]:
+        """What was erased when a tenant was purged, by whom, and what else may still hold its data. Raises: `TenantNotFound`."""
+        with self._transactions.read() as connection:
+            found = connection.execute(select(_tenants.c.certificate).where(_tenants.c.id == tenant_id)).first()
+        if found is None or found.certificate is None:
+            raise TenantNotFound(str(tenant_id))
+        certificate: Mapping[str, Any] = found.certificate
+        return certificate
+
+    def expired(self) -> builtins.list[Tenant]:
+        """Deleted tenants whose retention has ended and that nothing holds, the longest deleted first."""
+        over = (_tenants.c.state == TenantState.DELETED.value) & (_tenants.c.purge_after <= tables.utcnow())
+        query = _query(over & _tenants.c.legal_hold.is_(None)).order_by(_tenants.c.deleted_at)
+        with self._transactions.read() as connection:
+            return [_tenant(row) for row in connection.execute(query).mappings()]
+
+    # -- passwords ---------------------------------------------------------------------------------------------------------------------
+
+    def pend_secrets(self, connection: Connection, tenant: Tenant, *, owner: bytes, runtime: bytes) -> bool:
+        """Keep the passwords that are to replace the present ones beside them. False where there are some already."""
+        none = _tenants.c.owner_secret_pending.is_(None) & _tenants.c.runtime_secret_pending.is_(None)
+        changed = connection.execute(
+            update(_tenants)
+            .where((_tenants.c.id == tenant.id) & none)
+            .values(
+                owner_secret_pending=owner,
+                runtime_secret_pending=runtime,
+                version=_tenants.c.version + 1,
+                updated_at=tables.utcnow(),
+            )
+        )
+        return bool(changed.rowcount)
+
+    def promote_secrets(self, connection: Connection, tenant: Tenant) -> None:
+        """What was pending is what holds."""
+        connection.execute(
+            update(_tenants)
+            .where((_tenants.c.id == tenant.id) & _tenants.c.runtime_secret_pending.is_not(None))
+            .values(
+                owner_secret=_tenants.c.owner_secret_pending,
+                runtime_secret=_tenants.c.runtime_secret_pending,
+                owner_secret_pending=None,
+                runtime_secret_pending=None,
+                version=_tenants.c.version + 1,
+                generation=_tenants.c.generation + 1,
+                updated_at=tables.utcnow(),
+            )
+        )
 
     def _alike(self, slug: str) -> str | None:
         query = select(_tenants.c.slug).where(_tenants.c.slug.is_not(None)).limit(SUGGESTIONS_FROM)

@@ -16,7 +16,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, InternalE
 
 from tenantdb.errors import RegistryError, RegistryNotInitialized, RegistryUnavailable, TenantDBError, describe
 from tenantdb.forking import follow
+from tenantdb.registry.entries import Entries
 from tenantdb.registry.flights import SingleFlight
+from tenantdb.registry.secrets import Keyring
 
 UNDEFINED_TABLE = "42P01"
 INSUFFICIENT_PRIVILEGE = "42501"
@@ -26,13 +28,15 @@ class Transactions:
     """Opens transactions on the registry: on the serving login, or on the one that owns the tables (they may be the same engine).
 
     ``check`` looks once, before the first transaction, whether this code can work with what is there; when it failed it is asked again by
-    the next. Safe to share between threads.
+    the next. What a writing transaction has to tell the audit log is written as its last act, with the keys of ``keyring``; where that
+    fails, nothing of the transaction happened. Safe to share between threads.
     """
 
-    def __init__(self, engine: Engine, admin_engine: Engine, check: Callable[[Connection], None]) -> None:
+    def __init__(self, engine: Engine, admin_engine: Engine, check: Callable[[Connection], None], keyring: Keyring) -> None:
         self.engine = engine
         self.admin_engine = admin_engine
         self._check = check
+        self._keyring = keyring
         self._checked = False
         self._flights: SingleFlight[str, None] = SingleFlight()
         follow(self)
@@ -89,7 +93,12 @@ class Transactions:
     @contextmanager
     def _begin(self, engine: Engine, *, immediate: bool = False) -> Iterator[Connection]:
         with mapped_errors(), begin(engine, immediate=immediate) as connection:
+            if not immediate:
+                yield connection
+                return
+            entries = Entries.begin(connection, self._keyring)
             yield connection
+            entries.write()
 
 
 @contextmanager

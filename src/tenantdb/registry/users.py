@@ -86,6 +86,14 @@ class UserStore:
         with self._transactions.read() as connection:
             return self._find(connection, user_clause(user)) or _gone(user)
 
+    def list(self, *, limit: int | None = None, after: str | None = None) -> list[User]:
+        """Users by e-mail, without those that were deleted; ``after`` continues behind the last e-mail of the page before."""
+        query = select(*_USER_COLUMNS).where(_users.c.deleted_at.is_(None)).order_by(_users.c.email_key).limit(limit)
+        if after is not None:
+            query = query.where(_users.c.email_key > (fields.email_key(after) or after.lower()))
+        with self._transactions.read() as connection:
+            return [User(**row) for row in connection.execute(query).mappings()]
+
     def authenticate(self, email: str, password: str) -> User:
         """The user with this e-mail and password. Takes as long for an unknown e-mail as for a wrong password.
 

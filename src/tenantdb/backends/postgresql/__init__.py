@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from tenantdb.backends.postgresql import wire
 from tenantdb.backends.postgresql.connect import (
     connect_failure,
     connect_problem,
+    is_refused_password,
     password_argument,
     provisioner_connection,
     session_options,
@@ -35,7 +37,7 @@ from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.settings import POSTGRESQL, ConnectionURL, Settings
 
 if TYPE_CHECKING:
-    from tenantdb.backends.protocols import Wire
+    from tenantdb.backends.protocols import Doctor, Wire
 
 _IDENTITY = b"SELECT current_database(), tenant_id FROM tenantdb.identity"
 
@@ -57,19 +59,7 @@ class PostgreSQL:
             arguments["cursor_factory"] = psycopg.Cursor  # a migration may send several statements at once
         arguments["connect_timeout"] = max(2, min(settings.connect_timeout, math.ceil(timeout)))  # 2 is the smallest that libpq knows
         tenant, login = location.tenant, _login(location)
-        try:
-            connection = wire.connect(
-                dialect,
-                discard_temp=settings.temporary_tables,
-                host=location.host,
-                port=location.port,
-                user=login,
-                dbname=tenant.database,
-                password=location.password(),
-                **arguments,
-            )
-        except psycopg.OperationalError as error:
-            raise ConnectFailed(connect_failure(error), connect_problem(error)) from without_frames(error)
+        connection = _connect(dialect, location, settings, {"user": login, "dbname": tenant.database, **arguments})
         try:
             _check_identity(dialect, connection, tenant, login, arguments["connect_timeout"])
         except BaseException as error:
@@ -113,8 +103,11 @@ class PostgreSQL:
 
     @contextmanager
     def workshop(self, server: Server, url: ConnectionURL, settings: Settings) -> Iterator[PostgreSQLWorkshop]:
-        with provisioner_connection(url, settings, server.name) as connection:
-            yield PostgreSQLWorkshop(connection, server, url, settings)
+        workshop = PostgreSQLWorkshop(provisioner_connection(url, settings, server.name), server, url, settings)
+        try:
+            yield workshop
+        finally:
+            workshop.close()
 
     @contextmanager
     def scratch_engine(self, server: Server, url: ConnectionURL, settings: Settings) -> Iterator[Engine]:
@@ -144,12 +137,49 @@ class PostgreSQL:
         with provisioner_connection(url, settings, server.name) as connection:
             return server_report(connection, settings)
 
+    def doctor(self, server: Server, url: ConnectionURL, settings: Settings) -> Doctor:
+        from tenantdb.backends.postgresql.doctor import PostgreSQLDoctor
+
+        return PostgreSQLDoctor(server, url, settings)
+
 
 _GOODBYE = 0.5  # seconds to wait for a server to let go of a connection that failed its check
 
 
 def _never_called() -> Any:
     raise NotImplementedError("a template connects nowhere")
+
+
+def _connect(dialect: Dialect, location: Location, settings: Settings, arguments: dict[str, Any]) -> Any:
+    """Log in; where the password is refused, once more with the other one, if the role's password is being changed.
+
+    Raises: `ConnectFailed`.
+    """
+    password = location.password  # called in the call itself: tools that report errors show the variables of every frame
+    while True:
+        try:
+            return wire.connect(
+                dialect,
+                discard_temp=settings.temporary_tables,
+                host=location.host,
+                port=location.port,
+                password=password(),
+                **arguments,
+            )
+        except psycopg.OperationalError as error:
+            refused = password is location.password and is_refused_password(error)
+            if refused and (other := _other_password(dialect, location)) is not None:
+                password = other
+                continue
+            raise ConnectFailed(connect_failure(error), connect_problem(error)) from without_frames(error)
+
+
+def _other_password(dialect: Dialect, location: Location) -> Callable[[], str] | None:
+    """Reads the registry: in a thread where there is an event loop."""
+    if dialect.is_async:
+        found: Callable[[], str] | None = await_only(asyncio.to_thread(location.other_password))
+        return found
+    return location.other_password()
 
 
 def _login(location: Location) -> str:

@@ -21,14 +21,17 @@ except ImportError as error:
     raise ConfigError("PostgreSQL needs psycopg: pip install 'tenantdb[postgresql]'") from error
 
 _LIBPQ_16 = 160000
+# A network that goes silent, such as a firewall that has forgotten a connection, holds for two hours whoever waits for an answer, and for
+# a quarter of one whoever sends: so Linux has it. No timeout of PostgreSQL ends that. libpq passes these over on a Unix socket.
+_SILENCE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 30_000}  # the last in ms
 
 
 def transport(host: str | None, settings: Settings, tls: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """libpq's arguments about how the connection is protected and how long connecting may take.
+    """libpq's arguments about how the connection is protected, how long connecting may take, and how long the network may be silent.
 
     Off this machine: ``verify-full`` and SCRAM, so that neither a false server nor a listener gets a password or a row.
     """
-    arguments: dict[str, Any] = {"connect_timeout": settings.connect_timeout, "application_name": f"tenantdb/{os.getpid()}"}
+    arguments: dict[str, Any] = {"connect_timeout": settings.connect_timeout, "application_name": f"tenantdb/{os.getpid()}", **_SILENCE}
     if not is_local(host) and not settings.insecure_transport:
         if psycopg.pq.version() < _LIBPQ_16:
             raise ConfigError("libpq is older than 16 and cannot insist on SCRAM (require_auth): pip install 'psycopg[binary]'")
@@ -52,7 +55,13 @@ def _milliseconds(seconds: float) -> int:
 
 
 def provisioner_connection(
-    url: ConnectionURL, settings: Settings, server: str, *, database: str | None = None, autocommit: bool = True
+    url: ConnectionURL,
+    settings: Settings,
+    server: str,
+    *,
+    database: str | None = None,
+    autocommit: bool = True,
+    options: str | None = None,
 ) -> psycopg.Connection[Any]:
     """A connection as the provisioner, or as a superuser for bootstrapping. Raises: `ServerUnavailable`."""
     try:
@@ -62,6 +71,7 @@ def provisioner_connection(
             user=url.username,
             dbname=database or url.database or "postgres",
             autocommit=autocommit,
+            options=options,
             **transport(url.host, settings, url.tls),
             **password_argument(url),
         )
@@ -79,9 +89,15 @@ def without_frames(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
+def is_refused_password(error: Exception) -> bool:
+    """Whether the server was reached and the password was the wrong one."""
+    return _PASSWORD_REFUSED in str(error)
+
+
+_PASSWORD_REFUSED = "password authentication failed"
 _SERVER, _CAPACITY, _TENANT = FailureClass.SERVER, FailureClass.CAPACITY, FailureClass.TENANT
 _PROBLEMS = (
-    ("password authentication failed", "the login was refused: wrong password", _TENANT),
+    (_PASSWORD_REFUSED, "the login was refused: wrong password", _TENANT),
     ("no password supplied", "the login was refused: no password was given", _TENANT),
     ("authentication method requirement", "it does not ask for a SCRAM password, as require_auth demands", _SERVER),
     ("is not permitted to log in", "the role may not log in", _TENANT),

@@ -1,106 +1,33 @@
-"""What is more open than it must be: read back from the catalogue, never assumed from the statements that were sent."""
+"""What is more open than it must be: read back from the catalogue, never assumed from the statements that were sent.
+
+Here for who has just made a database (`database_findings`) and for `TenantDB.check` (`server_report`, `room_on`); the doctor asks the same
+questions of everything at once.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import psycopg
 
 from tenantdb.backends.base import ServerReport
-from tenantdb.backends.postgresql.bootstrap import DOORS, OWNER_CONNECTIONS
+from tenantdb.backends.postgresql.bootstrap import OWNER_CONNECTIONS, TEMPLATE
+from tenantdb.backends.postgresql.catalogue import NAME_PATTERN, Catalogue, Connection, Findings, doors, statement
 from tenantdb.backends.postgresql.connect import provisioner_connection
+from tenantdb.backends.postgresql.interior import SAFE_PATH, look_inside
+from tenantdb.backends.weakness import Severity, Weakness
 from tenantdb.model import Server, Tenant
 from tenantdb.settings import ConnectionURL, Settings
 
-Connection = psycopg.Connection[Any]
-
-# A NULL datacl is not "nothing granted" but the default, which lets PUBLIC connect; hence acldefault.
-_DATABASE = """
-SELECT pg_get_userbyid(d.datdba) = current_user,
-       array(SELECT a.privilege_type || ' for ' || CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE 'a foreign role' END
-             FROM aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) AS a
-             WHERE a.grantee = 0 OR a.grantee NOT IN (SELECT oid FROM pg_roles WHERE rolname = ANY(%(known)s) OR oid = d.datdba))
-FROM pg_database d WHERE d.datname = current_database()
-"""
-_SCHEMAS = """
-SELECT n.nspname FROM pg_namespace n, aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) AS a
-WHERE a.grantee = 0 AND n.nspname NOT IN ('pg_catalog', 'information_schema')
-"""
-_ROLES = """
-SELECT r.rolname = %(runtime)s, r.rolsuper, r.rolcreaterole, r.rolcreatedb, r.rolreplication, r.rolbypassrls,
-       array(SELECT g.rolname::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid)
-FROM pg_roles r WHERE r.rolname = ANY(%(both)s)
-"""
-_MEMBERS = """
-SELECT r.rolname = %(runtime)s FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid
-WHERE r.rolname = ANY(%(both)s) AND m.member <> (SELECT oid FROM pg_roles WHERE rolname = current_user)
-"""
-_RUNTIME_OWNS = "SELECT count(*) FROM pg_class WHERE relowner = (SELECT oid FROM pg_roles WHERE rolname = %s)"
-_PUBLIC_FUNCTIONS = """
-SELECT count(*) FROM pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
-WHERE a.grantee = 0 AND p.pronamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-  AND NOT EXISTS (SELECT 1 FROM pg_depend e WHERE e.objid = p.oid AND e.deptype = 'e')
-"""
-# An extension brings functions that PUBLIC may execute, and some of them reach files and other servers (dblink, file_fdw). So what the
-# template holds must have been asked for, or be required by one that was.
-_EXTENSIONS = """
-WITH RECURSIVE wanted(oid) AS (
-    SELECT oid FROM pg_extension WHERE extname = 'plpgsql' OR extname = ANY(%s)
-    UNION SELECT d.refobjid FROM pg_depend d JOIN wanted w ON d.objid = w.oid
-    WHERE d.classid = 'pg_extension'::regclass AND d.refclassid = 'pg_extension'::regclass
-)
-SELECT extname FROM pg_extension WHERE oid NOT IN (SELECT oid FROM wanted) ORDER BY extname
-"""
-_DOORS = f"""
-SELECT count(*) FROM pg_proc
-WHERE pronamespace = 'pg_catalog'::regnamespace AND {DOORS} AND has_function_privilege('public', oid, 'EXECUTE')
-"""
-_PUBLIC_PLPGSQL = "SELECT has_language_privilege('public', 'plpgsql', 'USAGE')::int"
-_IDENTITY = "SELECT tenant_id::text FROM tenantdb.identity"
-
 
 def database_findings(connection: Connection, tenant: Tenant, server: Server, settings: Settings) -> list[str]:
-    """Look at one tenant's database from inside, as the provisioner."""
-    both = [tenant.owner_role, tenant.runtime_role]
-    findings: list[str] = []
-    row = connection.execute(_DATABASE, {"known": both}).fetchone()
-    if row is None or not row[0]:
-        findings.append("the database does not belong to the provisioner")
-    findings += [f"the database grants {grant}" for grant in (row[1] if row else ())]
-    findings += [f"PUBLIC may use schema {name}" for (name,) in connection.execute(_SCHEMAS).fetchall()]
-    roles = connection.execute(_ROLES, {"both": both, "runtime": tenant.runtime_role}).fetchall()
-    if len(roles) != 2:
-        findings.append("a role of the tenant is missing")
-    for is_runtime, *attributes, groups in roles:
-        which = "runtime" if is_runtime else "owner"
-        if any(attributes):
-            findings.append(f"the {which} role has more rights than LOGIN")
-        allowed = set() if is_runtime or settings.hardening == "managed" else {"tenantdb_owner"}
-        if set(groups) - allowed:
-            findings.append(f"the {which} role is a member of another role")
-    for (is_runtime,) in connection.execute(_MEMBERS, {"both": both, "runtime": tenant.runtime_role}).fetchall():
-        findings.append(f"another role is a member of the {'runtime' if is_runtime else 'owner'} role")
-    if _count(connection, _RUNTIME_OWNS, tenant.runtime_role):
-        findings.append("the runtime role owns relations")
-    if _count(connection, _PUBLIC_FUNCTIONS):
-        findings.append("PUBLIC may execute functions of the tenant")
-    if settings.hardening == "full":
-        if _count(connection, _DOORS):
-            findings.append("PUBLIC may take advisory locks or write large objects; run `tenantdb bootstrap-server`")
-        if _count(connection, _PUBLIC_PLPGSQL):
-            findings.append("PUBLIC may use PL/pgSQL; run `tenantdb bootstrap-server`")
-    unasked = connection.execute(_EXTENSIONS, [list(server.extensions)]).fetchall()
-    findings += [f"the extension {name} is there, and the server's extensions= do not name it" for (name,) in unasked]
-    if connection.execute(_IDENTITY).fetchall() != [(str(tenant.id),)]:
-        findings.append("the identity stamp is not the tenant's")
-    return findings
-
-
-def _count(connection: Connection, query: str, *parameters: Any) -> int:
-    row = connection.execute(query, parameters).fetchone()
-    return row[0] if row else 0
+    """Look at one tenant's database from inside, as the provisioner: problems alone, in words."""
+    connection.execute(SAFE_PATH)
+    found = [
+        *doors(Catalogue.read(connection, [tenant], whole=False), tenant, settings),
+        *look_inside(connection, tenant, server, settings),
+    ]
+    return [weakness.text for weakness in found if weakness.severity is Severity.PROBLEM]
 
 
 # -- the server ------------------------------------------------------------------------------------------------------------------------
@@ -113,43 +40,70 @@ MANAGED_GAPS = (
 """What only a superuser could close; named by `TenantDB.check` and in the docs."""
 
 _PROVISIONER = """
-SELECT rolsuper, rolcreatedb, rolcreaterole, pg_has_role(current_user, 'pg_signal_backend', 'USAGE') FROM pg_roles WHERE rolname =
-current_user
+SELECT rolname, rolsuper, rolcreatedb, rolcreaterole, pg_has_role(current_user, 'pg_signal_backend', 'USAGE'),
+       rolreplication OR rolbypassrls OR EXISTS (
+           SELECT FROM pg_roles g WHERE g.rolname IN ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')
+                                    AND pg_has_role(current_user, g.oid, 'MEMBER'))
+FROM pg_roles WHERE rolname = current_user
 """
-_TEMPLATE = "SELECT datistemplate, datallowconn FROM pg_database WHERE datname = 'tenantdb_tpl'"
+_TEMPLATE = "SELECT datistemplate, datallowconn FROM pg_database WHERE datname = %s"
 _OPEN_DATABASES = """
 SELECT datname FROM pg_database WHERE datname IN ('postgres', 'template1') AND EXISTS
-    (SELECT 1 FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) AS a WHERE a.grantee = 0)
+    (SELECT 1 FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) AS a WHERE a.grantee = 0) ORDER BY 1
 """
+_KEEP_FROM_WORKING = frozenset({"provisioner-rights", "template-missing", "template-open"})
 
 
 def server_report(connection: Connection, settings: Settings) -> ServerReport:
     """What keeps this login from provisioning, and what stays open on this server."""
-    problems: list[str] = []
-    warnings: list[str] = []
-    is_super, may_create_databases, may_create_roles, may_signal = connection.execute(_PROVISIONER).fetchone() or (False,) * 4
-    if is_super:
-        warnings.append("the provisioner is a superuser; `tenantdb bootstrap-server` makes one that is not")
-    if not (may_create_databases and may_create_roles):
-        problems.append("the provisioner lacks CREATEDB or CREATEROLE; run `tenantdb bootstrap-server`")
-    if not may_signal:
-        warnings.append("the provisioner lacks pg_signal_backend, so it cannot end a tenant's sessions; run `tenantdb bootstrap-server`")
+    found = list(server_doors(connection, settings))
+    problems = [weakness.text for weakness in found if weakness.code in _KEEP_FROM_WORKING]
+    return ServerReport(problems, [weakness.text for weakness in found if weakness.code not in _KEEP_FROM_WORKING])
+
+
+def server_doors(connection: Connection, settings: Settings) -> Iterator[Weakness]:
+    """The provisioner's own rights, the template, the databases that every server has."""
+    yield from _provisioner(connection)
+    bootstrap = "`tenantdb bootstrap-server`, as a superuser"
     if settings.hardening == "full":
-        template = connection.execute(_TEMPLATE).fetchone()
+        template, subject = connection.execute(_TEMPLATE, [TEMPLATE]).fetchone(), f"database {TEMPLATE}"
         if template is None:
-            problems.append("the template tenantdb_tpl is missing; run `tenantdb bootstrap-server`, or set hardening='managed'")
+            text = f"the template {TEMPLATE} is missing; run `tenantdb bootstrap-server`, or set hardening='managed'"
+            yield Findings().problem("template-missing", subject, text, bootstrap)
         elif template != (True, False):
-            problems.append("the template tenantdb_tpl accepts connections or is no template; run `tenantdb bootstrap-server`")
+            text = f"the template {TEMPLATE} accepts connections or is no template; run `tenantdb bootstrap-server`"
+            repair = statement("ALTER DATABASE {} ALLOW_CONNECTIONS false IS_TEMPLATE true", TEMPLATE)
+            yield Findings().problem("template-open", subject, text, repair, mend=True)
     else:
-        warnings += MANAGED_GAPS
-    warnings += [
-        f"PUBLIC may connect to database {name}; run `tenantdb bootstrap-server`" for (name,) in connection.execute(_OPEN_DATABASES)
-    ]
+        for text in MANAGED_GAPS:
+            yield Findings().warning(
+                "managed-gap", "server", text, "hardening='full', where a superuser can run `tenantdb bootstrap-server`"
+            )
+    for (name,) in connection.execute(_OPEN_DATABASES).fetchall():
+        text = f"PUBLIC may connect to database {name}; run `tenantdb bootstrap-server`"
+        repair = f"as a superuser: {statement('REVOKE CONNECT, TEMPORARY ON DATABASE {} FROM PUBLIC', name)}"
+        yield Findings().problem("public-connect", f"database {name}", text, repair)
+
+
+def _provisioner(connection: Connection) -> Iterator[Weakness]:
+    row = connection.execute(_PROVISIONER).fetchone() or ("", False, False, False, False, False)
+    name, is_super, may_create_databases, may_create_roles, may_signal, may_more = row
+    subject, bootstrap = f"role {name}", "`tenantdb bootstrap-server`, as a superuser"
+    if is_super:
+        text = "the provisioner is a superuser; `tenantdb bootstrap-server` makes one that is not"
+        yield Findings().problem("provisioner-overprivileged", subject, text, bootstrap)
+    elif may_more:
+        text = "the provisioner may replicate, pass over row security, or reach files or programs of the server, none of which it needs"
+        yield Findings().problem("provisioner-overprivileged", subject, text, f"take from {name} what `bootstrap-server` does not give")
+    if not (may_create_databases and may_create_roles):
+        text = "the provisioner lacks CREATEDB or CREATEROLE; run `tenantdb bootstrap-server`"
+        yield Findings().problem("provisioner-rights", subject, text, bootstrap)
+    if not may_signal:
+        text = "the provisioner lacks pg_signal_backend, so it cannot end a tenant's sessions; run `tenantdb bootstrap-server`"
+        yield Findings().warning("provisioner-signal", subject, text, bootstrap)
     if connection.info.server_version < 160000:
-        warnings.append(
-            "before PostgreSQL 16 a role with CREATEROLE can reach the operating system: guard the provisioner like a superuser"
-        )
-    return ServerReport(problems, warnings)
+        text = "before PostgreSQL 16 a role with CREATEROLE can reach the operating system: guard the provisioner like a superuser"
+        yield Findings().warning("provisioner-createrole", subject, text, "PostgreSQL 16 or later")
 
 
 # -- connections -----------------------------------------------------------------------------------------------------------------------
@@ -161,9 +115,9 @@ SELECT current_setting('max_connections')::int,
        EXISTS (SELECT FROM pg_stat_activity WHERE datname = %(registry)s AND application_name = %(us)s)
 """
 # An owner role has a smaller limit than any runtime role, whatever the budget was when the tenant was made.
-_NARROW_ROLES = """
+_NARROW_ROLES = f"""
 SELECT count(*), coalesce(min(rolconnlimit), 0) FROM pg_roles
-WHERE rolname ~ '^t_[0-9a-f]{16}$' AND rolconnlimit > %(owner)s AND rolconnlimit < %(wanted)s
+WHERE rolname ~ '{NAME_PATTERN}' AND rolconnlimit > %(owner)s AND rolconnlimit < %(wanted)s
 """
 
 

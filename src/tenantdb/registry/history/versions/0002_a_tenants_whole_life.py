@@ -27,13 +27,10 @@ def upgrade() -> None:
     ):
         op.add_column("tenantdb_tenants", column)
     op.create_index("tenantdb_tenants_ready_at_idx", "tenantdb_tenants", ["ready_at"])
-    for column in (
-        sa.Column("seq", sa.BigInteger),
-        sa.Column("mac", sa.LargeBinary),
-        sa.Column("reason", sa.Text),
-        sa.Column("source", sa.Text),
-    ):
-        op.add_column("tenantdb_audit", column)
+    op.add_column("tenantdb_audit", sa.Column("seq", sa.BigInteger))
+    op.add_column("tenantdb_audit", sa.Column("mac", sa.LargeBinary))
+    op.add_column("tenantdb_audit", sa.Column("reason", sa.Text))
+    op.add_column("tenantdb_audit", sa.Column("source", sa.Text))
     op.create_table(
         "tenantdb_audit_heads",
         sa.Column("chain", sa.Uuid, nullable=False),

@@ -1,0 +1,98 @@
+"""Who holds what: the name of this process in the registry, a sign of life while it works, and telling a dead worker from a slow one."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from tenantdb.errors import TenantDBError
+
+logger = logging.getLogger("tenantdb.provisioning")
+
+LEASE = timedelta(minutes=1)
+"""How long a worker that gives no sign of life is waited for."""
+
+
+def _namespace() -> str:
+    """Where process numbers mean what they mean here: two containers may have one host name, and a process 7 each."""
+    try:
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        return ""
+
+
+class _Worker:
+    """The name of this process in the registry; another one after a fork. The random part tells it from an earlier process with the same
+    number."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._name = ""
+
+    def __str__(self) -> str:
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._name = f"{socket.gethostname()}/{_namespace()}/{self._pid}/{secrets.token_hex(4)}"
+        return self._name
+
+
+_worker = _Worker()
+
+
+def worker() -> str:
+    """The name of this process in the registry, with a number of its own for every call: who claims something knows it again by that."""
+    return f"{_worker}/{next(_numbers)}"
+
+
+_numbers = itertools.count(1)
+
+
+def dead(workers: Iterable[str]) -> list[str]:
+    """Those of the workers that ran on this machine and are there no more: nobody needs to wait for their leases to end."""
+    here, namespace = socket.gethostname(), _namespace()
+    gone = []
+    for name in workers:
+        host, _, rest = name.partition("/")
+        inside, _, rest = rest.partition("/")
+        pid = rest.partition("/")[0]
+        if host == here and namespace and inside == namespace and pid.isdecimal() and not _alive(int(pid)):
+            gone.append(name)
+    return gone
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def heartbeat(renew: Callable[[], object], what: str) -> Iterator[None]:
+    """Renew a lease while the block lasts."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(LEASE.total_seconds() / 3):
+            try:
+                renew()
+            except TenantDBError:
+                logger.warning("the lease of %s could not be renewed; its next write will tell", what)
+
+    thread = threading.Thread(target=beat, name="tenantdb-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

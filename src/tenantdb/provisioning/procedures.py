@@ -1,0 +1,137 @@
+"""Every procedure by its kind, and the one place that carries them out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+from uuid import UUID
+
+from tenantdb.errors import CredentialTampered, OperationInProgress, ProvisioningError
+from tenantdb.model import Tenant
+from tenantdb.provisioning import ending, rotation, steps
+from tenantdb.provisioning.journal import Procedure, carry_out
+from tenantdb.provisioning.lease import LEASE, dead, worker
+from tenantdb.provisioning.work import Shop, Work
+from tenantdb.registry import operations as kinds
+from tenantdb.registry.operations import Operation, OperationState
+
+_MAKE = (
+    ("reserve", steps.reserve),
+    ("database", steps.create_database),
+    ("open", steps.open_database),
+    ("migrate", steps.migrate),
+    ("seed", steps.seed),
+)
+
+PROCEDURES: Mapping[str, Procedure] = {
+    kinds.PROVISION: Procedure((*_MAKE, ("activate", steps.activate)), makes=True),
+    kinds.TAKE: Procedure((("seed", steps.seed_taken), ("activate", steps.activate)), makes=True),
+    kinds.SPARE: Procedure((*_MAKE, ("offer", steps.offer))),
+    kinds.REFRESH: Procedure((("migrate", steps.migrate), ("offer", steps.offer))),
+    kinds.FENCE: Procedure((("fence", ending.fence),), insists=True),
+    kinds.ACTIVATE: Procedure((("lift", ending.lift),), insists=True),
+    kinds.RESTORE: Procedure((("lift", ending.lift),), insists=True),
+    kinds.ROTATE: Procedure(
+        (("draw", rotation.draw_passwords), ("change", rotation.change_passwords), ("drain", rotation.drain)), insists=True
+    ),
+    kinds.PURGE: Procedure(
+        (
+            ("fence", ending.fence),
+            ("database", ending.drop_database),
+            ("roles", ending.drop_roles),
+            ("erase", ending.erase),
+        ),
+        insists=True,
+    ),
+}
+
+_ANNOUNCED = {
+    kinds.PROVISION: ("provision", "activate"),
+    kinds.TAKE: ("provision", "activate"),
+    kinds.ACTIVATE: ("activate",),
+    kinds.RESTORE: ("restore",),
+    kinds.PURGE: ("purge",),
+    kinds.ROTATE: ("rotate_credentials",),
+}
+"""A tenant is suspended or deleted by the call, so those are announced there."""
+
+_PATIENCE = 5.0  # seconds that a call waits for another operation on the same tenant
+_POLL = 0.02
+
+
+class Runner:
+    """Claims operations and carries them out."""
+
+    def __init__(self, shop: Shop) -> None:
+        self.shop = shop
+        # Each operation holds one of the provisioner's few connections, and a server copies one database after another anyway, so a crowd
+        # of sign-ups waits here instead of failing there.
+        self.turns = threading.BoundedSemaphore(2)
+
+    def can_work_on(self, server: str | None) -> bool:
+        """Whether this process has a provisioner for a server; for what has no place yet, any."""
+        return bool(self.shop.settings.provisioners) if server is None else server in self.shop.settings.provisioners
+
+    def known_servers(self) -> list[UUID]:
+        """The servers of the registry that this process has a provisioner for."""
+        return [server.id for server in self.shop.registry.servers.list() if server.name in self.shop.settings.provisioners]
+
+    def dead_workers(self) -> list[str]:
+        """Workers of this machine that hold operations and are there no more."""
+        return dead(self.shop.registry.operations.workers())
+
+    def claim(self, operation: Operation) -> Operation | None:
+        """Take one operation; None where it is done, or another is at work on the tenant and stays so for some seconds."""
+        operations = self.shop.registry.operations
+        deadline = time.monotonic() + _PATIENCE
+        while (claimed := operations.claim(operation.id, worker(), LEASE, dead=self.dead_workers())) is None:
+            now = operations.get(operation.id)
+            if now is None or now.state is OperationState.DONE or time.monotonic() > deadline:
+                return None
+            threading.Event().wait(_POLL)
+        return claimed
+
+    def claim_next(self, *, dead: Collection[str]) -> Operation | None:
+        """Take the oldest operation that waits and that this process can carry out."""
+        servers = self.known_servers()
+        return self.shop.registry.operations.claim_next(worker(), LEASE, kinds=tuple(PROCEDURES), servers=servers, dead=dead)
+
+    def carry_out(self, operation: Operation, wanted: Mapping[str, Any] | None = None) -> Tenant:
+        """Run one that this process has claimed. Raises: `ProvisioningError`, `OperationFailed`."""
+        # ``wanted`` is what a repeated call asks for now; where it leaves open, the operation's own wishes hold.
+        wanted = {**operation.payload, **{name: value for name, value in (wanted or {}).items() if value is not None}}
+        registry = self.shop.registry
+        try:
+            record = registry.tenants.row(operation.tenant_id)
+        except CredentialTampered as error:  # nothing can be done with its server; a worker must not stumble over it again and again
+            registry.operations.fail(operation, error.explain())
+            raise ProvisioningError(str(operation.tenant_id), operation.step or "start", error.explain()) from error
+        tenant = carry_out(Work(self.shop, operation, record, wanted), PROCEDURES[operation.kind])
+        self.shop.engines.forget(tenant.id)
+        self.announce(operation, tenant)
+        return tenant
+
+    def announce(self, operation: Operation, tenant: Tenant) -> None:
+        """Call the hooks of what an operation has brought about."""
+        if "spare" not in operation.payload:
+            for verb in _ANNOUNCED.get(operation.kind, ()):
+                self.shop.hooks.after(verb, tenant)
+
+    def run_now(self, operation: Operation) -> Tenant:
+        """Carry out one that was just written down, where this process can; else leave it to a worker.
+
+        Raises: `OperationInProgress` where another worker is at it; `OperationFailed`.
+        """
+        registry = self.shop.registry
+        tenant = registry.tenants.row(operation.tenant_id).tenant
+        if not self.can_work_on(tenant.server):
+            return tenant
+        with self.turns:
+            if (claimed := self.claim(operation)) is not None:
+                return self.carry_out(claimed)
+        found = registry.operations.get(operation.id)
+        if found is None or found.state is not OperationState.DONE:
+            raise OperationInProgress(tenant.slug)
+        return registry.tenants.row(operation.tenant_id).tenant

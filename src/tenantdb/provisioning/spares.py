@@ -1,0 +1,111 @@
+"""Spares: tenant databases made ahead, with roles and secrets of their own, that wait for whoever signs up.
+
+Taking one is a single transaction on the registry: no provisioner, no connection to a server, a few milliseconds. A spare is complete in
+everything that does not depend on the customer; what does is added by the seeds that take the tenant.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+
+from tenantdb.errors import ConfigError, IllegalTransition, OperationFailed, OperationInProgress
+from tenantdb.model import Tenant, TenantState
+from tenantdb.provisioning.procedures import Runner
+from tenantdb.registry import Taking
+from tenantdb.registry.operations import PURGE, REFRESH, SPARE, Operation
+from tenantdb.registry.tenants import SpareWish
+
+logger = logging.getLogger("tenantdb.provisioning")
+
+
+class Spares:
+    """What `TenantDB.spares` is."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._registry = runner.shop.registry
+        self._settings = runner.shop.settings
+        self._hooks = runner.shop.hooks
+
+    def list(self) -> list[Tenant]:
+        """All spares, the oldest first; those without ``ready_at`` are being made or migrated, or failed to be."""
+        return self._registry.tenants.spares()
+
+    def fill(self, count: int | None = None, *, server: str | None = None) -> builtins.list[Tenant]:
+        """Make spares until ``count`` are ready on each server of this process, or on one; None: as many as the setting ``spares`` says.
+
+        What an earlier attempt left unfinished is finished first, and spares behind the head revision are migrated. Returns the spares
+        that are ready. May be called by several processes at once, which then make more than one of them would, and may run again.
+
+        Raises: `ConfigError` where this process has no provisioner; `OperationFailed`.
+        """
+        wanted = self._settings.spares if count is None else count
+        names = [server] if server is not None else list(self._settings.provisioners)
+        if not names or any(not self._runner.can_work_on(name) for name in names):
+            raise ConfigError("spares are made by a process with a provisioner; give server=... or TENANTDB_SERVER")
+        for operation in self._registry.operations.unfinished(kinds=[SPARE, REFRESH]):
+            self._run(operation)
+        self.refresh()
+        for name in names:
+            while sum(1 for spare in self.list() if spare.server == name and spare.ready_at is not None) < wanted:
+                self._make(name)
+        return [spare for spare in self.list() if spare.ready_at is not None]
+
+    def refresh(self) -> int:
+        """Migrate spares that are behind the head revision, and return how many were. Nobody can take one meanwhile."""
+        if self._settings.migrations is None:
+            return 0
+        head, behind = self._runner.shop.golden.head(), 0
+        for spare in self.list():
+            if spare.ready_at is not None and spare.revision != head and self._runner.can_work_on(spare.server):
+                with self._registry.admin_write() as connection:
+                    mine = self._registry.tenants.set_ready(connection, spare, ready=False)
+                    operation = self._registry.operations.create(connection, REFRESH, spare.id) if mine else None
+                if operation is not None:
+                    self._run(operation)
+                    behind += 1
+        return behind
+
+    def drain(self) -> int:
+        """Drop all spares that nobody is taking, and return how many. Raises: `OperationFailed`."""
+        dropped = 0
+        for spare in self.list():
+            if self.retire(spare):
+                dropped += 1
+        return dropped
+
+    def retire(self, spare: Tenant) -> bool:
+        """Drop one spare; False where somebody has taken it. Raises: `OperationFailed`."""
+        try:
+            with self._registry.admin_write() as connection:
+                self._registry.tenants.transition_in(
+                    connection, spare, TenantState.PURGING, action="spare.retire", values={"ready_at": None}
+                )
+                operation = self._registry.operations.create(connection, PURGE, spare.id, payload={"spare": True})
+        except IllegalTransition:
+            return False
+        self._runner.run_now(operation)
+        return True
+
+    def taking(self, server: str | None, region: str | None) -> Taking:
+        """For a sign-up: which spares will do, and whether one is all that is needed."""
+        known = self._settings.migrations is not None
+        wish = SpareWish(self._runner.shop.golden.head() if known else None, server, region, known)
+        return Taking(wish=wish, at_once=not self._hooks.seeds and not self._hooks.has_before("provision", "activate"))
+
+    def _make(self, server: str) -> Tenant:
+        with self._registry.admin_write() as connection:
+            spare = self._registry.tenants.create_spare(connection)
+            operation = self._registry.operations.create(connection, SPARE, spare.id, payload={"server": server})
+        return self._runner.run_now(operation)
+
+    def _run(self, operation: Operation) -> None:
+        """One that cannot be finished is dropped: there is nothing in it to lose."""
+        try:
+            self._runner.run_now(operation)
+        except OperationInProgress:
+            return  # another process is at it
+        except OperationFailed as error:
+            logger.warning("a spare could not be finished and is dropped: %s", error.explain())
+            self.retire(self._registry.tenants.row(operation.tenant_id).tenant)
