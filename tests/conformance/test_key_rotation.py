@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from tenantdb import AsyncTenantDB, Budget, TenantDB, errors
 from tenantdb.registry import rotation
+from tenantdb.registry.rotation import KeyRotation
 from tenantdb.registry.secrets import generate_key
 from tests.conformance.conftest import Estate
 from tests.kms import LocalKms
@@ -157,6 +158,34 @@ def test_who_holds_a_row_is_waited_for_last(town: Estate, twin: MakeTwin, keys: 
             running = pool.submit(db.rotate_keys)
             eventually(lambda: moved() == 2 * (len(SLUGS) - 1) + 1)
             assert not running.done()
+        assert running.result(30).ok
+    assert serves(twin(keys[0]))
+
+
+def test_two_rotations_at_once_share_the_work(twin: MakeTwin, keys: list[str]) -> None:
+    barrier = threading.Barrier(2)
+
+    def rotate() -> KeyRotation:
+        db = twin(*keys)
+        db.ping()
+        barrier.wait(10)
+        return db.rotate_keys()
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = [each.result(60) for each in [pool.submit(rotate) for _ in range(2)]]
+
+    assert all(report.ok for report in reports)
+    assert sum(report.resealed for report in reports) == 2 * len(SLUGS) + 2
+    assert serves(twin(keys[0]))
+
+
+def test_the_check_of_the_keys_is_sealed_anew_though_somebody_holds_its_row(town: Estate, twin: MakeTwin, keys: list[str]) -> None:
+    db = twin(*keys)
+    with ThreadPoolExecutor(1) as pool:
+        with town.world.registry(db) as elsewhere:
+            elsewhere.execute(text("SELECT 1 FROM tenantdb_meta FOR UPDATE"))
+            running = pool.submit(db.rotate_keys)
+            eventually(lambda: sum(use.secrets for use in db.keys_in_use() if use.needs_rotation) == 1)
         assert running.result(30).ok
     assert serves(twin(keys[0]))
 

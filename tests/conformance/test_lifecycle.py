@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tenantdb import Subscription, Tenant, TenantDB, TenantState, acting, current_tenant, errors
 from tenantdb.connections import each
-from tenantdb.model import TRANSITIONS
+from tenantdb.model import TRANSITIONS, Fence
 from tenantdb.registry import tables
 from tests.conformance.app import MARKER, MIGRATIONS, NOTES, markers
 from tests.conformance.colours import Face, MakeProcess
@@ -136,16 +136,16 @@ def test_a_migration_that_raises_leaves_nothing_of_itself_and_its_error_unchange
         assert connection.scalars(NOTES).all() == []
 
 
-async def test_suspending_and_activating_change_state_version_and_generation(face: Face, fresh: Tenant) -> None:
+async def test_suspending_and_activating_change_state_fence_version_and_generation(face: Face, fresh: Tenant) -> None:
     suspended = await face.do.suspend(fresh)
-    assert suspended.state is TenantState.SUSPENDED
-    assert (suspended.version, suspended.generation) == (fresh.version + 1, fresh.generation + 1)
+    assert (suspended.state, suspended.fence) == (TenantState.SUSPENDED, Fence.DONE)
+    assert (suspended.version, suspended.generation) == (fresh.version + 2, fresh.generation + 1)  # the registry's refusal, the server's
     with pytest.raises(errors.IllegalTransition):
         await face.do.suspend(fresh)
 
     active = await face.do.activate(fresh)
-    assert active.state is TenantState.ACTIVE
-    assert (active.version, active.generation) == (fresh.version + 2, fresh.generation + 2)
+    assert (active.state, active.fence) == (TenantState.ACTIVE, None)
+    assert (active.version, active.generation) == (fresh.version + 3, fresh.generation + 2)
     with pytest.raises(errors.IllegalTransition):
         await face.do.activate(fresh)
 
@@ -193,8 +193,13 @@ async def test_the_audit_log_says_who_did_what(face: Face, fresh: Tenant) -> Non
     with acting("user:7", "request-1"):
         await face.do.suspend(fresh)
     await face.do.activate(fresh)
-    lines = [(entry.action, entry.actor, entry.request_id) for entry in await face.do.audit.list(tenant=fresh, limit=2)]
-    assert lines == [("tenant.activate", "system", None), ("tenant.suspend", "user:7", "request-1")]
+    lines = [(entry.action, entry.actor, entry.request_id) for entry in await face.do.audit.list(tenant=fresh, limit=4)]
+    assert lines == [
+        ("operation.activate", "system", None),
+        ("tenant.activate", "system", None),
+        ("operation.fence", "user:7", "request-1"),
+        ("tenant.suspend", "user:7", "request-1"),
+    ]
 
 
 def test_a_hook_before_a_change_may_stop_it_and_one_after_it_may_not(db: TenantDB, fresh: Tenant, caplog: pytest.LogCaptureFixture) -> None:

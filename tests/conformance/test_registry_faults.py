@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import update
 
 from tenantdb import Tenant, TenantDB, errors
+from tenantdb.registry import schema
 from tenantdb.registry.tables import meta
 from tests.conformance.app import MARKER, MIGRATIONS
 from tests.conformance.colours import COLOURS, WAYS, Clock, Face, MakeFace
@@ -85,7 +86,7 @@ def marked(world: World, db: TenantDB, **values: str) -> Iterator[None]:
         yield
     finally:
         with world.registry(db) as registry:
-            registry.execute(update(meta).values(revision="0001", oldest_reader="0001"))
+            registry.execute(update(meta).values(revision=schema.NEWEST, oldest_reader=schema.OLDEST_READER))
 
 
 @pytest.mark.parametrize(

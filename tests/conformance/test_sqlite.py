@@ -126,7 +126,7 @@ def test_a_file_under_a_reserved_name_that_is_not_ours_is_never_touched(world: S
         folder.mkdir(parents=True)
         stranger = folder / "t_00000000000000aa.sqlite3"
         stranger.write_bytes(b"a stranger's")
-        names = iter(["t_00000000000000aa", "t_00000000000000bb"])
+        names = iter(["t_00000000000000aa"] * 3 + ["t_00000000000000bb"] * 3)  # for a database and two roles
         monkeypatch.setattr(steps, "draw_name", lambda: next(names))
 
         assert db.provision("acme").database == "t_00000000000000bb"

@@ -304,7 +304,11 @@ TAMPERINGS = {
     ),
     "tail": (["DELETE FROM tenantdb_audit WHERE {acme} AND seq > 8"], 9, Break.MISSING),
     "head": (["UPDATE tenantdb_audit_heads SET mac = x'00' WHERE chain = '{id}'"], 11, Break.HEAD),
-    "no macs": (["UPDATE tenantdb_audit SET mac = NULL WHERE {acme}", "UPDATE tenantdb_audit_heads SET mac = NULL"], 1, Break.NOT_AUTHENTICATED),
+    "no macs": (
+        ["UPDATE tenantdb_audit SET mac = NULL WHERE {acme}", "UPDATE tenantdb_audit_heads SET mac = NULL"],
+        1,
+        Break.NOT_AUTHENTICATED,
+    ),
 }
 
 

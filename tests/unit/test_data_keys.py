@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tenantdb import TenantDB
 from tenantdb.errors import ConfigError, CredentialTampered, KeyServiceUnavailable, SecretKeyError
+from tenantdb.provisioning.check import _settings
 from tenantdb.registry.data_keys import DataKeys
 from tenantdb.registry.secrets import AUDIT, OWNER, RUNTIME, Keyring, generate_key, key_id_of
 from tenantdb.settings import Settings
@@ -240,7 +243,8 @@ def test_an_outage_is_told_as_one_and_not_remembered(kms: LocalKms) -> None:
     ring = Keyring([], kms)
     blob = ring.seal(RUNTIME, b"pw", *PLACE)
     kms.down = True
-    for call in (lambda: ring.open(RUNTIME, blob, *PLACE), lambda: ring.seal(RUNTIME, b"pw", *PLACE)):
+    calls: list[Callable[[], bytes]] = [lambda: ring.open(RUNTIME, blob, *PLACE), lambda: ring.seal(RUNTIME, b"pw", *PLACE)]
+    for call in calls:
         with pytest.raises(KeyServiceUnavailable) as caught:
             call()
         assert caught.value.retryable and caught.value.http_status == 503
@@ -300,3 +304,22 @@ def test_a_place_for_a_service_that_is_not_given_is_refused() -> None:
 
 def test_settings_do_not_show_the_service(kms: LocalKms) -> None:
     assert "canary" not in repr(Settings(url=URL, kms=kms)) + repr(Keyring([], kms))
+
+
+def test_check_says_that_nothing_vouches_for_the_audit_log(tmp_path: Path, kms: LocalKms) -> None:
+    def warnings(*keys: str) -> str:
+        with TenantDB(f"sqlite:///{tmp_path}/central.sqlite3", secret_keys=keys, kms=kms) as db:
+            db.init()
+            return " ".join(finding.text for finding in db.check())
+
+    assert "vouches for the audit log" in warnings()
+    assert "vouches for the audit log" not in warnings("kms", f"audit:{generate_key()}")
+
+
+def test_the_place_of_the_service_is_no_root_key(kms: LocalKms) -> None:
+    def warnings(*keys: str) -> str:
+        return " ".join(finding.text for finding in _settings(Settings(url=URL, secret_keys=keys, kms=kms)))
+
+    derived = Keyring([generate_key()]).derive(RUNTIME)
+    assert "root keys" not in warnings("kms", *derived)
+    assert "root keys" in warnings("kms", generate_key())  # the twin

@@ -56,10 +56,10 @@ def test_a_claimed_operation_is_nobody_elses_until_its_lease_ends(registry: Regi
 
 def test_the_step_survives_the_worker(registry: Registry, acme: Tenant) -> None:
     operation = claimed(registry, acme)
-    operation = registry.operations.record(operation, "create_database", started=True)
+    operation = registry.operations.record(operation, "database")
     registry.operations.renew(operation, ENDED)
     taken = claimed(registry, acme, "w2")
-    assert (taken.step, taken.started) == ("create_database", True)
+    assert (taken.step, taken.started) == ("database", True)
 
 
 @pytest.mark.parametrize("lost", ["expired", "taken", "ended", "same name"])
@@ -75,7 +75,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing_more(registry: Registry, ac
         claimed(registry, acme, "w1")
     before = operation_of(registry, acme)
     for write in (
-        lambda: registry.operations.record(operation, "roles", started=True),
+        lambda: registry.operations.record(operation, "open"),
         lambda: registry.operations.renew(operation, MINUTE),
         lambda: registry.operations.finish(operation),
         lambda: registry.operations.fail(operation, "boom"),
@@ -88,10 +88,10 @@ def test_a_worker_that_lost_its_lease_writes_nothing_more(registry: Registry, ac
 def test_a_worker_that_holds_its_lease_writes(registry: Registry, acme: Tenant) -> None:
     operation = claimed(registry, acme)
     operation = registry.operations.renew(operation, MINUTE)
-    operation = registry.operations.record(operation, "roles", started=False)
-    operation = registry.operations.record(operation, "roles", started=True)
+    operation = registry.operations.record(operation, "database")
+    operation = registry.operations.record(operation, "open")
     done = registry.operations.finish(operation)
-    assert (done.state, done.step, done.worker, done.lease_until) == (OperationState.DONE, "roles", None, None)
+    assert (done.state, done.step, done.worker, done.lease_until) == (OperationState.DONE, "open", None, None)
     assert registry.operations.claim(done.id, "w2", MINUTE) is None
     assert registry.operations.claim_next("w2", MINUTE) is None
 

@@ -68,7 +68,7 @@ def location(role: DatabaseRole, **address: Any) -> Location:
         id=uuid.uuid4(), slug="acme", name="Acme", state=TenantState.ACTIVE, database="t_0", owner_role="t_1", runtime_role="t_2"
     )
     server = Server(id=uuid.uuid4(), name="default", backend="postgresql", **address)
-    return Location(tenant, server, role, lambda: "secret")
+    return Location(tenant, server, role, lambda: "secret", lambda: None)
 
 
 @pytest.mark.parametrize("remote", list(DatabaseRole), ids=str)

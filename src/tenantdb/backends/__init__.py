@@ -4,14 +4,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tenantdb.backends.base import ConnectFailed, FailureClass, FenceLevel, FoundDatabase, Location
+from tenantdb.backends.base import (
+    CarryFailed,
+    ColumnShape,
+    ConnectFailed,
+    FailureClass,
+    FenceLevel,
+    FoundDatabase,
+    Location,
+    Surroundings,
+    TableShape,
+)
 from tenantdb.errors import ConfigError
 from tenantdb.settings import POSTGRESQL, SQLITE
 
 if TYPE_CHECKING:
-    from tenantdb.backends.protocols import Backend, Wire, Workshop
+    from tenantdb.backends.protocols import Backend, Carrier, Rows, Wire, Workshop
 
-__all__ = ["Backend", "ConnectFailed", "FailureClass", "FenceLevel", "FoundDatabase", "Location", "Wire", "Workshop", "backend"]
+__all__ = [
+    "Backend",
+    "Carrier",
+    "CarryFailed",
+    "ColumnShape",
+    "ConnectFailed",
+    "FailureClass",
+    "FenceLevel",
+    "FoundDatabase",
+    "Location",
+    "Rows",
+    "Surroundings",
+    "TableShape",
+    "Wire",
+    "Workshop",
+    "backend",
+]
 
 
 def backend(name: str) -> Backend:

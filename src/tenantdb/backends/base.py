@@ -71,3 +71,44 @@ class ServerReport:
 
     problems: Sequence[str] = ()
     warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a database says before it is carried out or in: the product's version, its size in bytes, and what a new one holds already, as
+    (kind, name)."""
+
+    version: str
+    size: int
+    present: frozenset[tuple[str, str]] = frozenset()
+
+
+class CarryFailed(Exception):
+    """A database could not be carried out or in. Never reaches an application; ``problem`` holds no row."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnShape:
+    """A column as an export of rows describes it. ``type`` is the database's own word; ``kind`` says how its values stand in JSON."""
+
+    name: str
+    type: str
+    kind: str
+    nullable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TableShape:
+    """A table as an export of rows describes it. ``schema`` is None where the product has none; ``foreign_keys`` are (columns, table,
+    columns)."""
+
+    schema: str | None
+    name: str
+    columns: Sequence[ColumnShape]
+    primary_key: Sequence[str] = ()
+    unique: Sequence[Sequence[str]] = ()
+    foreign_keys: Sequence[tuple[Sequence[str], str, Sequence[str]]] = ()

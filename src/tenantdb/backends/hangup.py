@@ -52,7 +52,7 @@ def is_readable(descriptor: int, timeout: float) -> bool:
     """Whether there is something to read within ``timeout`` seconds."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return timeout > 0 and bool(poll.poll(timeout * 1000))
+    return timeout >= 0 and bool(poll.poll(timeout * 1000))
 
 
 async def becomes_readable(descriptor: int, timeout: float) -> bool:

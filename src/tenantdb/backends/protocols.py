@@ -6,15 +6,16 @@ connection between two users. Nobody else calls a driver. For type checkers alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 from pydantic import SecretStr
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import Dialect
 
-from tenantdb.backends.base import FenceLevel, FoundDatabase, Location, ServerReport
+from tenantdb.backends.base import FenceLevel, FoundDatabase, Location, ServerReport, Surroundings, TableShape
 from tenantdb.backends.weakness import Diagnosis, Patient, ServerExamination
 from tenantdb.model import Server, Template, Tenant
 from tenantdb.settings import ConnectionURL, Settings
@@ -48,13 +49,15 @@ class Workshop(Protocol):
 
     def find_database(self, name: str) -> FoundDatabase | None: ...
     def find_roles(self, names: Sequence[str]) -> list[str]: ...
+    def are_taken(self, database: str, roles: Sequence[str]) -> bool:
+        """Whether the server has a database or a role of one of these names."""
+
     def ours(self) -> tuple[set[str], set[str]]:
         """The databases and the roles on the server whose names look as if we had drawn them."""
 
-    def lock(self, name: str) -> None:
-        """Keep other workers, the dead ones included whose statement still runs, from making or dropping this database.
-
-        Raises: `OperationInProgress`.
+    def hold(self, name: str) -> FoundDatabase | None:
+        """Keep other workers, the dead ones included whose statement still runs, from making or dropping this database for as long as this
+        session lasts, and look whether it is there. Raises: `OperationInProgress`.
         """
 
     def create_database(self, tenant: Tenant, template: Template | None) -> None:
@@ -69,8 +72,8 @@ class Workshop(Protocol):
     def fit(self, tenant: Tenant) -> None:
         """Inside: the identity stamp, grants; what was cloned is given over to the owner role; what was not is furnished."""
 
-    def verify(self, tenant: Tenant) -> list[str]:
-        """Everything that is more open than it must be, in words; empty when all is well."""
+    def verify(self, tenant: Tenant, *, cloned: bool = False) -> list[str]:
+        """Everything that is more open than it must be, in words; empty when all is well. Of a fresh clone, what cloning can have left."""
 
     def create_template(self, template: Template) -> None:
         """An empty golden database with a role that owns what migrations make in it."""
@@ -111,6 +114,36 @@ class Doctor(Protocol):
         """One tenant's database, which must be enterable."""
 
 
+class Rows(Protocol):
+    """Reads every value of a tenant's tables so that nothing is lost in JSON."""
+
+    def tables(self) -> list[TableShape]:
+        """The application's own, by schema and name. None is a part of another."""
+
+    def read(self, table: TableShape) -> Iterator[Sequence[Any]]:
+        """All rows, in constant memory."""
+
+
+class Carrier(Protocol):
+    """Carries a tenant's whole database out and in, as its owner. Each of `dump` and `load` opens one connection. Raises: `CarryFailed`."""
+
+    member: str  # what the data is called in an export
+
+    def look(self, connection: Connection) -> Surroundings: ...
+
+    def dump(self, target: BinaryIO, scratch: Path, there: Surroundings) -> str:
+        """Write all of it but what is tenantdb's own, and return with what it was made. ``scratch`` is a folder for what is in between.
+
+        Raises: `ToolNotFound`; `OSError` where it cannot be written.
+        """
+
+    def load(self, source: Callable[[], BinaryIO], made_with: str, there: Surroundings) -> None:
+        """Fill a new database. ``source`` begins anew with each call. Raises: `ImportRefused`, `ToolNotFound`; what ``source`` raises."""
+
+    def settle(self, connection: Connection) -> None:
+        """After a load, in the caller's transaction: sequences behind the largest value are moved there."""
+
+
 class Backend(Protocol):
     """One database product."""
 
@@ -147,3 +180,9 @@ class Backend(Protocol):
 
     def doctor(self, server: Server, url: ConnectionURL, settings: Settings) -> Doctor:
         """Who looks harder than `check_server`, with the provisioner's login. Opens nothing yet."""
+
+    def carrier(self, location: Location, settings: Settings) -> Carrier:
+        """Who takes the database at ``location``, which is the owner role's, out and in. Opens nothing yet."""
+
+    def rows(self, connection: Connection, schemas: Sequence[str]) -> Rows:
+        """Who reads the rows of a tenant's tables, in the transaction that begins with the first read."""

@@ -34,7 +34,7 @@ from tenantdb.model import DatabaseRole, Server, Template, Tenant
 from tenantdb.settings import SQLITE, ConnectionURL, Settings
 
 if TYPE_CHECKING:
-    from tenantdb.backends.protocols import Doctor
+    from tenantdb.backends.protocols import Carrier, Doctor, Rows
 
 IDENTITY_TABLE = "tenantdb_identity"
 _FOR_EVER = 2**31 - 1  # milliseconds; to SQLite 0 means not to wait at all
@@ -108,6 +108,16 @@ class SQLite:
         from tenantdb.backends.sqlite_doctor import SQLiteDoctor
 
         return SQLiteDoctor(server)
+
+    def carrier(self, location: Location, settings: Settings) -> Carrier:
+        from tenantdb.backends.sqlite_transfer import SQLiteCarrier
+
+        return SQLiteCarrier(location)
+
+    def rows(self, connection: Connection, schemas: Sequence[str]) -> Rows:
+        from tenantdb.backends.sqlite_transfer import SQLiteRows
+
+        return SQLiteRows(connection)
 
 
 @contextmanager
@@ -302,11 +312,15 @@ class SQLiteWorkshop:
     def find_roles(self, names: Sequence[str]) -> list[str]:
         return []
 
+    def are_taken(self, database: str, roles: Sequence[str]) -> bool:
+        return self._path(database).exists()
+
     def ours(self) -> tuple[set[str], set[str]]:
         return {path.stem for path in self._folder.glob("t_*.sqlite3") if _OPAQUE.fullmatch(path.stem)}, set()
 
-    def lock(self, name: str) -> None:
-        """Making a file under its name and removing it are single steps."""
+    def hold(self, name: str) -> FoundDatabase | None:
+        """Making a file under its name and removing it are single steps, so there is nothing to hold."""
+        return self.find_database(name)
 
     def create_database(self, tenant: Tenant, template: Template | None) -> None:
         """The file gets its name when it is whole, and never that of another."""
@@ -340,7 +354,7 @@ class SQLiteWorkshop:
         connection.execute(f"CREATE TABLE IF NOT EXISTS {IDENTITY_TABLE} (tenant_id TEXT NOT NULL, stamped_at TEXT NOT NULL)")
         recordlog.make(connection)
 
-    def verify(self, tenant: Tenant) -> list[str]:
+    def verify(self, tenant: Tenant, *, cloned: bool = False) -> list[str]:
         from tenantdb.backends.sqlite_doctor import look_at_file
 
         return [weakness.text for weakness in look_at_file(self._path(tenant.database), tenant)]

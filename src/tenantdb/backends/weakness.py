@@ -52,10 +52,17 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Patient:
-    """A tenant to look at. ``password`` gives what the registry holds for a role right now; None where nobody can judge it."""
+    """A tenant to look at. ``now`` is its row at the moment of asking, None where it is gone; ``password`` gives what the registry holds
+    for a role at that moment, None where nobody can judge it."""
 
     tenant: Tenant
+    now: Callable[[], Tenant | None] = field(repr=False)
     password: Callable[[DatabaseRole], SecretStr | None] = field(repr=False)
+
+    def unchanged(self) -> bool:
+        """Whether what was seen still holds. Somebody may be suspending, moving or purging the tenant at this very moment."""
+        now = self.now()
+        return now is not None and (now.state, now.fence, now.generation) == (self.tenant.state, self.tenant.fence, self.tenant.generation)
 
     @property
     def must_be_whole(self) -> bool:

@@ -44,7 +44,7 @@ _records = click.option("--records", is_flag=True, help="The log beside a tenant
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
 @json_option
 @pass_invocation
-def search(invocation: Invocation, tenant: str | None, *, records: bool, **filters: Any) -> None:
+def search(invocation: Invocation, /, tenant: str | None, *, records: bool, **filters: Any) -> None:
     """The newest entries that pass every filter."""
     if records and tenant is None:
         raise UsageProblem("--records are in the tenants' own databases; name one with --tenant")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tenantdb.cli import audit, doctor, fleet, migrations, next_step, operate, output, security, start, tenants, users
+from tenantdb.cli import audit, doctor, endings, fleet, journal, migrations, next_step, operate, output, security, start, tenants, users
 from tenantdb.cli.app import Invocation, global_options, pass_invocation
 from tenantdb.context import acting
 from tenantdb.errors import TenantDBError
@@ -22,12 +22,18 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         tenants.update,
         tenants.suspend,
         tenants.activate,
+        endings.maintenance,
+        endings.delete,
+        endings.restore,
+        endings.purge,
+        endings.hold,
+        endings.release,
         users.users,
         users.memberships,
     ),
-    "fleet": (fleet.migrate,),
-    "security": (doctor.doctor, security.generate_key, security.rotate_keys, audit.audit),
-    "operate": (operate.check, operate.worker, operate.shell),
+    "fleet": (fleet.migrate, journal.spares),
+    "security": (doctor.doctor, security.generate_key, security.rotate_keys, journal.rotate_credentials, audit.audit),
+    "operate": (operate.check, operate.worker, journal.resume, operate.shell),
 }
 
 

@@ -56,7 +56,7 @@ def record(values: Mapping[str, Any]) -> None:
     """Names and values below each other, without what is not set."""
     for name, value in values.items():
         if value is not None and value != {}:
-            text = json.dumps(dict(value)) if isinstance(value, Mapping) else str(_plain(value))
+            text = json.dumps(value, default=_plain) if isinstance(value, (Mapping, list)) else str(_plain(value))
             click.echo(f"{name + ':':<24}{shown(text)}")
 
 

@@ -106,6 +106,10 @@ class Engines:
         finally:
             pool.retire()
 
+    def locate(self, record: TenantRecord, role: DatabaseRole) -> Location:
+        """Where a program other than ours finds the tenant's database. What it opens needs a `place`. Raises: as `Locator.locate`."""
+        return self._locator.locate(record, role)
+
     def _make(self, record: TenantRecord, loop: Lane) -> TenantEngine:
         location = self._locator.locate(record, DatabaseRole.RUNTIME)
         tenant = location.tenant

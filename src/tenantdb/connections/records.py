@@ -134,7 +134,15 @@ class AuditTrail:
         A tenant that was purged is found by its id. Raises: `TenantNotFound`; with ``records`` also what `TenantDB.session` raises,
         `AuditNotReady`, and `ValueError` without a tenant.
         """
-        filters: dict[str, Any] = {"actor": actor, "action": action, "object": object, "since": since, "until": until, "outcome": outcome, "limit": limit}
+        filters: dict[str, Any] = {
+            "actor": actor,
+            "action": action,
+            "object": object,
+            "since": since,
+            "until": until,
+            "outcome": outcome,
+            "limit": limit,
+        }
         if not records:
             return self._store.search(tenant, **filters)
         if tenant is None:

@@ -59,6 +59,12 @@ class Scripts:
         _identities[self._location] = stamps, folders, found
         return found
 
+    def knows(self, revision: str) -> bool:
+        """Whether a revision is one of these scripts'. Raises: as the constructor says."""
+        with alembic_lock, _as_migration_error():
+            scripts = ScriptDirectory.from_config(self._config())
+            return any(script.revision == revision for script in scripts.walk_revisions())
+
     def upgrade(self, engine: Engine, revision: str = "head") -> str | None:
         """Bring a database to a revision, through the application's ``env.py``, and return what it is at then.
 

@@ -11,7 +11,7 @@ from tenantdb.backends.weakness import Severity
 from tenantdb.connections.share import limits_of, registry_is_on
 from tenantdb.errors import ConfigError, TenantDBError
 from tenantdb.model import Server
-from tenantdb.registry import Registry
+from tenantdb.registry import Keyring, Registry
 from tenantdb.settings import KMS, SQLITE, ConnectionURL, Settings
 
 logger = logging.getLogger("tenantdb.connections")
@@ -154,6 +154,8 @@ def _settings(settings: Settings) -> list[Finding]:
                 " give it what `tenantdb generate-key --derive runtime` prints"
             )
         )
+    if settings.kms is not None and not Keyring([key.get_secret_value() for key in settings.secret_keys], settings.kms).signs:
+        findings.append(warn("the key service signs nothing and no audit key is given, so nothing vouches for the audit log"))
     if settings.insecure_transport:
         findings.append(warn("insecure_transport=True: connections off this machine may be read and redirected"))
     if settings.migrations is None:

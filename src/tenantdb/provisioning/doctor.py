@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 from tenantdb.backends import backend
 from tenantdb.backends.weakness import Diagnosis, Patient, Severity
 from tenantdb.connections.engines import Engines
-from tenantdb.errors import ConfigError, SecretKeyError, TenantDBError
+from tenantdb.errors import ConfigError, SecretKeyError, TenantDBError, TenantNotFound
 from tenantdb.model import DatabaseRole, Server, Template, Tenant
 from tenantdb.provisioning.check import connection_findings
 from tenantdb.registry import Registry, audit
@@ -111,7 +111,7 @@ class _Rounds:
     def _examine(self, url: ConnectionURL) -> Iterator[DoctorFinding]:
         whole = self._only is None
         self._tenants = {tenant.id: tenant for tenant in ([self._only] if self._only else self._on_this_server())}
-        patients = [Patient(tenant, self._passwords(tenant)) for tenant in self._tenants.values() if tenant.database]
+        patients = [Patient(each, self._now(each), self._passwords(each)) for each in self._tenants.values() if each.database]
         templates = self._registry.templates.list(self._server)
         examiner = backend(self._server.backend).doctor(self._server, url, self._settings)
         with self._engines.place(self._server, "the doctor"):
@@ -162,6 +162,15 @@ class _Rounds:
             if not self._registry.keyring.holds(purpose):
                 text = f"this process lacks the {role} keys, so nobody tried the {role} roles' passwords"
                 yield self._finding(Severity.WARNING, "logins-not-tried", text, "run the doctor where the secret keys themselves are")
+
+    def _now(self, tenant: Tenant) -> Callable[[], Tenant | None]:
+        def now() -> Tenant | None:
+            try:
+                return self._registry.tenants.row(tenant.id).tenant
+            except TenantNotFound:
+                return None
+
+        return now
 
     def _passwords(self, tenant: Tenant) -> Callable[[DatabaseRole], SecretStr | None]:
         """What the registry holds at that moment; None while a password is being changed, and where this process lacks the key."""

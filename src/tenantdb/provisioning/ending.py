@@ -42,7 +42,10 @@ def lift(work: Work) -> Also | None:
     """Let the tenant's roles in again, right before the registry says that it is served: no request is refused in between."""
     if work.record.server is not None and work.tenant.state is not TenantState.ACTIVE:
         work.workshop().fence(work.tenant, FenceLevel.OPEN)
+    return None
 
+
+def serve_again(work: Work) -> Also | None:
     def serve(connection: Connection) -> Tenant | None:
         tenants = work.registry.tenants
         found = tenants.find_in(connection, work.tenant.id)
@@ -60,7 +63,7 @@ def drop_database(work: Work) -> Also | None:
     if work.record.server is None:
         return None
     workshop = work.workshop()
-    workshop.lock(work.tenant.database or "")
+    workshop.hold(work.tenant.database or "")
     workshop.drop_database(work.tenant)
     if workshop.find_database(work.tenant.database or ""):
         raise PurgeRefused(work.tenant.slug, "its database is still there after it was dropped")

@@ -28,15 +28,20 @@ logger = logging.getLogger("tenantdb.hooks")
 
 
 class Hooks:
-    """The seeds and hooks of one `TenantDB`, in the order of their registration."""
+    """The seeds, neutralisers and hooks of one `TenantDB`, in the order of their registration."""
 
     def __init__(self) -> None:
         self.seeds: list[Seed] = []
         self.static_seeds: list[StaticSeed] = []
+        self.neutralisers: list[Seed] = []
         self._hooks: dict[str, list[Hook]] = {event: [] for event in EVENTS}
 
     def seed(self, fn: S, *, static: bool) -> S:
         (self.static_seeds if static else self.seeds).append(fn)
+        return fn
+
+    def neutralise(self, fn: S) -> S:
+        self.neutralisers.append(fn)
         return fn
 
     def has_before(self, *verbs: str) -> bool:
@@ -58,6 +63,7 @@ class Hooks:
         """Take over another's seeds and hooks, behind one's own."""
         self.seeds += other.seeds
         self.static_seeds += other.static_seeds
+        self.neutralisers += other.neutralisers
         for event, hooks in other._hooks.items():
             self._hooks[event] += hooks
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from sqlalchemy.engine import Connection
@@ -19,20 +19,32 @@ from tenantdb.errors import OperationFailed, ProvisioningError, TenantDBError, d
 from tenantdb.model import Tenant, TenantState
 from tenantdb.provisioning.lease import LEASE, heartbeat
 from tenantdb.provisioning.work import Also, Work
+from tenantdb.registry.records import TenantRecord
 
 logger = logging.getLogger("tenantdb.provisioning")
-
-Step = Callable[[Work], Also | None]
 
 _LONGEST_WAIT = 300  # seconds between two attempts
 
 
 @dataclass(frozen=True)
-class Procedure:
-    """A kind of operation. ``makes``: it ends with a tenant that is served, and one that fails leaves the tenant failed; ``insists``: a
-    worker tries again by itself."""
+class Step:
+    """One step: ``run`` looks and acts, and may return what the journal is to write down with the step's end. It is passed over where it
+    is not ``needed``."""
 
-    steps: tuple[tuple[str, Step], ...]
+    name: str
+    run: Callable[[Work], Also | None]
+    needed: Callable[[Work], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """A kind of operation; ``end`` is written in the transaction in which it is done.
+
+    ``makes``: a tenant is served at its end, and one that fails leaves the tenant failed; ``insists``: a worker tries again by itself.
+    """
+
+    steps: tuple[Step, ...]
+    end: Callable[[Work], Also | None] | None = None
     makes: bool = False
     insists: bool = False
 
@@ -42,28 +54,28 @@ def carry_out(work: Work, procedure: Procedure) -> Tenant:
 
     Raises: `ProvisioningError` or `OperationFailed`, ``from`` what went wrong.
     """
-    names = [name for name, _ in procedure.steps]
-    position = names.index(work.operation.step) if work.operation.step in names else 0
     operations = work.registry.operations
     with heartbeat(lambda: operations.renew(work.operation, LEASE), f"operation {work.operation.id}"):
         try:
             if procedure.makes and work.tenant.state is TenantState.FAILED:
                 work.registry.tenants.transition(work.tenant, TenantState.PROVISIONING, action="tenant.retry")
                 work.reload()
-            found: Also | None = None
-            for name, step in procedure.steps[position:]:
-                if name != work.operation.step:
-                    work.operation = operations.record(work.operation, name, also=found)
-                    if found is not None:
-                        _reload(work)
-                found = step(work)
-            work.operation = operations.finish(work.operation, also=found)
-            _reload(work)
+            writes = _Writes(work)
+            for step in _remaining(procedure, work.operation.step):
+                if step.needed is None or step.needed(work):
+                    if work.operation.step != step.name and step is not procedure.steps[0]:  # the first needs no telling
+                        work.operation = operations.record(work.operation, step.name, also=writes.flush)
+                        writes.done()
+                    writes.add(step.run(work))
+            writes.add(None if procedure.end is None else procedure.end(work))
+            work.operation = operations.finish(work.operation, also=writes.flush)
+            writes.done()
+            work.registry.forget(work.tenant.id, work.tenant.slug)
         except BaseException as error:
             _give_up(work, procedure, error)
             if not isinstance(error, Exception):
                 raise
-            step_name, problem = work.operation.step or "start", describe(error)
+            step_name, problem = work.operation.step or procedure.steps[0].name, describe(error)
             if procedure.makes:
                 raise ProvisioningError(work.tenant.slug, step_name, problem) from error
             raise OperationFailed(work.tenant.slug, work.operation.kind, step_name, problem) from error
@@ -72,9 +84,41 @@ def carry_out(work: Work, procedure: Procedure) -> Tenant:
     return work.tenant
 
 
-def _reload(work: Work) -> None:
-    work.registry.forget(work.tenant.id, work.tenant.slug)
-    work.reload()
+def _remaining(procedure: Procedure, step: str | None) -> tuple[Step, ...]:
+    names = [each.name for each in procedure.steps]
+    return procedure.steps[names.index(step) if step in names else 0 :]
+
+
+class _Writes:
+    """What steps have found out and is not written down yet."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._pending: list[Also] = []
+        self._written: list[object] = []
+
+    def add(self, also: Also | None) -> None:
+        if also is not None:
+            self._pending.append(also)
+
+    @property
+    def flush(self) -> Also | None:
+        """Writes all of it in one transaction; None where there is nothing."""
+        return self._flush if self._pending else None
+
+    def _flush(self, connection: Connection) -> None:
+        self._written = [also(connection) for also in self._pending]
+
+    def done(self) -> None:
+        """The transaction is committed: from here on the work goes by what was written."""
+        for written in self._written:
+            if isinstance(written, TenantRecord):
+                self._work.record = written
+            elif isinstance(written, Tenant):
+                self._work.record = replace(self._work.record, tenant=written)
+        if self._pending:
+            self._work.registry.forget(self._work.tenant.id, self._work.tenant.slug)
+        self._pending, self._written = [], []
 
 
 def _give_up(work: Work, procedure: Procedure, error: BaseException) -> None:
@@ -86,7 +130,7 @@ def _give_up(work: Work, procedure: Procedure, error: BaseException) -> None:
         """With the operation, or whoever claims the failed operation could have a tenant that fails under his hands."""
         tenant = tenants.find_in(connection, work.tenant.id)
         if procedure.makes and tenant.state is TenantState.PROVISIONING:
-            reason = f"{work.operation.step}: {problem}"
+            reason = f"{work.operation.step or procedure.steps[0].name}: {problem}"
             tenants.transition_in(connection, tenant, TenantState.FAILED, action="tenant.fail", reason=reason)
 
     try:

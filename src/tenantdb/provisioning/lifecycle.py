@@ -22,9 +22,7 @@ from tenantdb.registry.tables import utcnow
 logger = logging.getLogger("tenantdb.provisioning")
 
 
-_WITH_PASSWORDS = frozenset(
-    {TenantState.ACTIVE, TenantState.SUSPENDED, TenantState.MAINTENANCE, TenantState.DELETED, TenantState.SPARE}
-)
+_WITH_PASSWORDS = frozenset({TenantState.ACTIVE, TenantState.SUSPENDED, TenantState.MAINTENANCE, TenantState.DELETED, TenantState.SPARE})
 
 
 class Lifecycle:

@@ -11,39 +11,36 @@ from uuid import UUID
 from tenantdb.errors import CredentialTampered, OperationInProgress, ProvisioningError
 from tenantdb.model import Tenant
 from tenantdb.provisioning import ending, rotation, steps
-from tenantdb.provisioning.journal import Procedure, carry_out
+from tenantdb.provisioning.journal import Procedure, Step, carry_out
 from tenantdb.provisioning.lease import LEASE, dead, worker
 from tenantdb.provisioning.work import Shop, Work
 from tenantdb.registry import operations as kinds
 from tenantdb.registry.operations import Operation, OperationState
+from tenantdb.registry.records import TenantRecord
 
 _MAKE = (
-    ("reserve", steps.reserve),
-    ("database", steps.create_database),
-    ("open", steps.open_database),
-    ("migrate", steps.migrate),
-    ("seed", steps.seed),
+    Step("reserve", steps.reserve),
+    Step("database", steps.create_database),
+    Step("open", steps.open_database),
+    Step("migrate", steps.migrate, steps.is_behind),
 )
+_ASK = Step("ask", steps.ask, steps.wants_to_be_asked)
+_DRAW = Step("draw", rotation.draw_passwords)
+_CHANGE = Step("change", rotation.change_passwords)
+_FENCE = Step("fence", ending.fence)
+_LIFT = Step("lift", ending.lift)
 
 PROCEDURES: Mapping[str, Procedure] = {
-    kinds.PROVISION: Procedure((*_MAKE, ("activate", steps.activate)), makes=True),
-    kinds.TAKE: Procedure((("seed", steps.seed_taken), ("activate", steps.activate)), makes=True),
-    kinds.SPARE: Procedure((*_MAKE, ("offer", steps.offer))),
-    kinds.REFRESH: Procedure((("migrate", steps.migrate), ("offer", steps.offer))),
-    kinds.FENCE: Procedure((("fence", ending.fence),), insists=True),
-    kinds.ACTIVATE: Procedure((("lift", ending.lift),), insists=True),
-    kinds.RESTORE: Procedure((("lift", ending.lift),), insists=True),
-    kinds.ROTATE: Procedure(
-        (("draw", rotation.draw_passwords), ("change", rotation.change_passwords), ("drain", rotation.drain)), insists=True
-    ),
+    kinds.PROVISION: Procedure((*_MAKE, Step("seed", steps.seed), _ASK), end=steps.serve, makes=True),
+    kinds.TAKE: Procedure((Step("seed", steps.seed_taken), _ASK), end=steps.serve, makes=True),
+    kinds.SPARE: Procedure((*_MAKE, Step("seed", steps.seed)), end=steps.offer),
+    kinds.REFRESH: Procedure((Step("migrate", steps.migrate, steps.is_behind),), end=steps.offer),
+    kinds.FENCE: Procedure((_FENCE,), insists=True),
+    kinds.ACTIVATE: Procedure((_LIFT,), end=ending.serve_again, insists=True),
+    kinds.RESTORE: Procedure((_LIFT,), end=ending.serve_again, insists=True),
+    kinds.ROTATE: Procedure((_DRAW, _CHANGE, Step("drain", rotation.drain)), insists=True),
     kinds.PURGE: Procedure(
-        (
-            ("fence", ending.fence),
-            ("database", ending.drop_database),
-            ("roles", ending.drop_roles),
-            ("erase", ending.erase),
-        ),
-        insists=True,
+        (_FENCE, Step("database", ending.drop_database), Step("roles", ending.drop_roles)), end=ending.erase, insists=True
     ),
 }
 
@@ -98,13 +95,13 @@ class Runner:
         servers = self.known_servers()
         return self.shop.registry.operations.claim_next(worker(), LEASE, kinds=tuple(PROCEDURES), servers=servers, dead=dead)
 
-    def carry_out(self, operation: Operation, wanted: Mapping[str, Any] | None = None) -> Tenant:
-        """Run one that this process has claimed. Raises: `ProvisioningError`, `OperationFailed`."""
+    def carry_out(self, operation: Operation, wanted: Mapping[str, Any] | None = None, *, record: TenantRecord | None = None) -> Tenant:
+        """Run one that this process has claimed; ``record`` where it was just written. Raises: `ProvisioningError`, `OperationFailed`."""
         # ``wanted`` is what a repeated call asks for now; where it leaves open, the operation's own wishes hold.
         wanted = {**operation.payload, **{name: value for name, value in (wanted or {}).items() if value is not None}}
         registry = self.shop.registry
         try:
-            record = registry.tenants.row(operation.tenant_id)
+            record = record or registry.tenants.row(operation.tenant_id)
         except CredentialTampered as error:  # nothing can be done with its server; a worker must not stumble over it again and again
             registry.operations.fail(operation, error.explain())
             raise ProvisioningError(str(operation.tenant_id), operation.step or "start", error.explain()) from error

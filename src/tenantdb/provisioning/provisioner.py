@@ -12,6 +12,7 @@ from tenantdb.provisioning.procedures import Runner
 from tenantdb.provisioning.spares import Spares
 from tenantdb.registry import Hands, SignUp
 from tenantdb.registry.operations import PROVISION, TAKE, Operation, OperationState
+from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.tables import utcnow
 from tenantdb.resolvers import canonical_slug
 
@@ -63,7 +64,8 @@ class Provisioner:
             repeated = not exist_ok
         if operation.worker == hands.worker:
             if operation.state is OperationState.RUNNING:
-                return self._runner.carry_out(operation)
+                record = TenantRecord(tenant=tenant) if operation.kind == PROVISION else None  # one that was taken has a server
+                return self._runner.carry_out(operation, record=record)
             self._runner.announce(operation, tenant)
             return tenant
         able = operation.kind == TAKE or self._runner.can_work_on(tenant.server)

@@ -12,7 +12,6 @@ import time
 from datetime import datetime
 
 from pydantic import SecretStr
-from sqlalchemy.engine import Connection
 
 from tenantdb.errors import ConfigError
 from tenantdb.model import DatabaseRole
@@ -42,10 +41,7 @@ def change_passwords(work: Work) -> Also | None:
     owner, runtime = (work.registry.passwords(work.record, role)[-1] for role in (DatabaseRole.OWNER, DatabaseRole.RUNTIME))
     work.workshop().set_passwords(work.tenant, SecretStr(owner), SecretStr(runtime))
 
-    def promote(connection: Connection) -> None:
-        work.registry.tenants.promote_secrets(connection, work.tenant)
-
-    return promote
+    return lambda connection: work.registry.tenants.promote_secrets(connection, work.tenant)
 
 
 def drain(work: Work) -> Also | None:
@@ -56,7 +52,5 @@ def drain(work: Work) -> Also | None:
     while work.workshop().sessions(work.tenant, before=changed_at) and time.monotonic() < deadline:
         work.release()  # the drained sessions may be those that our place in the budget waits behind
         threading.Event().wait(_POLL)
-    work.workshop().end_sessions(
-        work.tenant, roles=[work.tenant.owner_role or "", work.tenant.runtime_role or ""], before=changed_at
-    )
+    work.workshop().end_sessions(work.tenant, roles=[work.tenant.owner_role or "", work.tenant.runtime_role or ""], before=changed_at)
     return None

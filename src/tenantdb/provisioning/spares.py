@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+from collections.abc import Callable
 
 from tenantdb.errors import ConfigError, IllegalTransition, OperationFailed, OperationInProgress
 from tenantdb.model import Tenant, TenantState
@@ -32,11 +33,13 @@ class Spares:
         """All spares, the oldest first; those without ``ready_at`` are being made or migrated, or failed to be."""
         return self._registry.tenants.spares()
 
-    def fill(self, count: int | None = None, *, server: str | None = None) -> builtins.list[Tenant]:
+    def fill(
+        self, count: int | None = None, *, server: str | None = None, progress: Callable[[int, int], object] | None = None
+    ) -> builtins.list[Tenant]:
         """Make spares until ``count`` are ready on each server of this process, or on one; None: as many as the setting ``spares`` says.
 
         What an earlier attempt left unfinished is finished first, and spares behind the head revision are migrated. Returns the spares
-        that are ready. May be called by several processes at once, which then make more than one of them would, and may run again.
+        that are ready. ``progress(done, total)`` counts those of one server. May be called by several processes at once, which then make more than one of them would, and may run again.
 
         Raises: `ConfigError` where this process has no provisioner; `OperationFailed`.
         """
@@ -48,7 +51,9 @@ class Spares:
             self._run(operation)
         self.refresh()
         for name in names:
-            while sum(1 for spare in self.list() if spare.server == name and spare.ready_at is not None) < wanted:
+            while (ready := sum(1 for spare in self.list() if spare.server == name and spare.ready_at is not None)) < wanted:
+                if progress is not None:
+                    progress(ready, wanted)
                 self._make(name)
         return [spare for spare in self.list() if spare.ready_at is not None]
 

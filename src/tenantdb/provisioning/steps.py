@@ -8,11 +8,10 @@ the roles, so that nothing has to be undone where a server has no room.
 from __future__ import annotations
 
 from pydantic import SecretStr
-from sqlalchemy.engine import Connection
 
 from tenantdb.errors import HardeningFailed
 from tenantdb.migrations import Scripts
-from tenantdb.model import DatabaseRole, Tenant, TenantState
+from tenantdb.model import DatabaseRole, TenantState
 from tenantdb.provisioning.golden import draw_name
 from tenantdb.provisioning.work import Also, Work
 from tenantdb.registry.secrets import password
@@ -25,12 +24,10 @@ def reserve(work: Work) -> Also | None:
         return None
     if work.tenant.state is TenantState.PROVISIONING:
         work.hooks.before("provision", work.tenant)
-    server = work.registry.servers.pick(
-        work.wanted.get("server"), region=work.wanted.get("region"), among=work.settings.provisioners
-    )
+    server = work.registry.servers.pick(work.wanted.get("server"), region=work.wanted.get("region"), among=work.settings.provisioners)
     workshop = work.workshop(server)
     database, owner, runtime = draw_name(), draw_name(), draw_name()
-    while workshop.find_database(database) or workshop.find_roles([owner, runtime]):
+    while workshop.are_taken(database, [owner, runtime]):
         database, owner, runtime = draw_name(), draw_name(), draw_name()
     if server.backend == SQLITE:
         return work.registry.tenants.reserve(
@@ -58,16 +55,14 @@ def create_database(work: Work) -> Also | None:
     is marked invalid (PostgreSQL manual, CREATE DATABASE and DROP DATABASE).
     """
     workshop = work.workshop()
-    workshop.lock(work.tenant.database or "")
-    found = workshop.find_database(work.tenant.database or "")
-    if found and found.invalid:
-        workshop.drop_database(work.tenant)
-        found = None
-    if found:
-        return None
     template = work.shop.golden.template(work.server, workshop)
-    workshop.lock(work.tenant.database or "")  # again: building a golden database takes another session
+    found = workshop.hold(work.tenant.database or "")
+    if found and not found.invalid:
+        return None
+    if found:
+        workshop.drop_database(work.tenant)
     workshop.create_database(work.tenant, template)
+    work.cloned = template is not None
     return None if template is None else _record_revision(work, template.revision)
 
 
@@ -76,22 +71,23 @@ def open_database(work: Work) -> Also | None:
     else ever could. Then the catalogue is asked what is open."""
     workshop = work.workshop()
     if work.server.backend != SQLITE:
-        owner, runtime = (
-            SecretStr(work.registry.passwords(work.record, role)[0]) for role in (DatabaseRole.OWNER, DatabaseRole.RUNTIME)
-        )
+        owner, runtime = (SecretStr(work.registry.passwords(work.record, role)[0]) for role in (DatabaseRole.OWNER, DatabaseRole.RUNTIME))
         workshop.create_roles(work.tenant, owner, runtime)
     workshop.open_database(work.tenant)
     workshop.fit(work.tenant)
-    _verify(work)
+    _verify(work, cloned=work.cloned)
     return None
 
 
+def is_behind(work: Work) -> bool:
+    """Whether the golden database was not at the head revision, or the database was not cloned from it in this attempt."""
+    return work.settings.migrations is not None and (work.tenant.revision is None or work.tenant.revision != work.shop.golden.head())
+
+
 def migrate(work: Work) -> Also | None:
-    """Bring the schema to head as the owner role, where the golden database was not there already."""
-    if work.settings.migrations is None or (work.tenant.revision is not None and work.tenant.revision == work.shop.golden.head()):
-        return None
+    """Bring the schema to head as the owner role."""
     with work.passing(DatabaseRole.OWNER) as engine:
-        revision = Scripts(work.settings.migrations).upgrade(engine)
+        revision = Scripts(work.settings.migrations or "").upgrade(engine)
     _verify(work)
     return _record_revision(work, revision)
 
@@ -121,14 +117,19 @@ def seed_taken(work: Work) -> Also | None:
     return None
 
 
-def activate(work: Work) -> Also | None:
-    """Compare-and-set to active, the moment from which the tenant is served, in one transaction with the operation's end."""
+def wants_to_be_asked(work: Work) -> bool:
+    """Whether there is a hook before a tenant is served: a step of its own, so that a refusal does not have the seeds run again."""
+    return work.hooks.has_before("activate")
+
+
+def ask(work: Work) -> Also | None:
     work.hooks.before("activate", work.tenant)
+    return None
 
-    def serve(connection: Connection) -> Tenant:
-        return work.registry.tenants.transition_in(connection, work.tenant, TenantState.ACTIVE, action="tenant.provision")
 
-    return serve
+def serve(work: Work) -> Also | None:
+    """Compare-and-set to active, the moment from which the tenant is served."""
+    return lambda connection: work.registry.tenants.transition_in(connection, work.tenant, TenantState.ACTIVE, action="tenant.provision")
 
 
 def offer(work: Work) -> Also | None:
@@ -136,8 +137,8 @@ def offer(work: Work) -> Also | None:
     return lambda connection: work.registry.tenants.set_ready(connection, work.tenant, ready=True)
 
 
-def _verify(work: Work) -> None:
-    if findings := work.workshop().verify(work.tenant):
+def _verify(work: Work, *, cloned: bool = False) -> None:
+    if findings := work.workshop().verify(work.tenant, cloned=cloned):
         raise HardeningFailed(findings)
 
 

@@ -164,7 +164,7 @@ class Registry:
         """A role's password, and behind it the one that is about to replace it, if any. The owner's are read with the login that owns the
         registry. Raises: `CredentialTampered`, `SecretKeyError`, `TenantNotFound`."""
         if role is DatabaseRole.OWNER:
-            sealed, pending = self.tenants.owner_secrets(record.tenant.id)
+            sealed, pending = (record.owner_secret, None) if record.owner_secret else self.tenants.owner_secrets(record.tenant.id)
         else:
             sealed, pending = record.runtime_secret, record.runtime_secret_pending
         name = record.tenant.owner_role if role is DatabaseRole.OWNER else record.tenant.runtime_role

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Interval, RowMapping, func, insert, literal, select, update
 
 from tenantdb.errors import OperationInProgress
 from tenantdb.model import StrEnum
@@ -30,6 +30,8 @@ ACTIVATE = "activate"
 RESTORE = "restore"
 PURGE = "purge"
 ROTATE = "rotate"
+IMPORT = "import"
+CLONE = "clone"
 
 _operations = tables.operations
 
@@ -113,8 +115,12 @@ class OperationStore:
         if done:
             values |= {"state": OperationState.DONE, "worker": worker}
         elif worker is not None and lease is not None:
-            values |= {"state": OperationState.RUNNING, "attempt": 1, "worker": worker, "lease_until": now_at(connection) + lease}
-        connection.execute(insert(_operations), {**values, "state": values["state"].value})
+            values |= {"state": OperationState.RUNNING, "attempt": 1, "worker": worker, "lease_until": None}
+        written = {**values, "state": values["state"].value}
+        if values["state"] is OperationState.RUNNING and lease is not None:
+            on_sqlite = connection.dialect.name == "sqlite"
+            written["lease_until"] = _clock(connection) + (lease if on_sqlite else literal(lease, Interval()))
+        connection.execute(insert(_operations).values(written))
         return Operation(**values)
 
     def get(self, operation_id: UUID) -> Operation | None:
@@ -217,9 +223,7 @@ class OperationStore:
         with self._transactions.admin_write() as connection:
             if also is not None:
                 also(connection)
-            elif connection.dialect.name == "postgresql":
-                connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
-            return _write(connection, operation, _clock(connection), step=step, started=True)
+            return _write(connection, operation, _clock(connection), lightly=also is None, step=step, started=True)
 
     def finish(self, operation: Operation, *, also: Also | None = None) -> Operation:
         """It is done; ``also`` writes in the same transaction. Raises: `OperationInProgress` where the lease has ended."""
@@ -244,15 +248,15 @@ class OperationStore:
                 also(connection)
             until = None if wait is None else now_at(connection) + wait
             ended = _write(connection, operation, _clock(connection), state=state.value, error=error, worker=None, lease_until=until)
-            details = {"attempt": operation.attempt, "step": operation.step}
-            audit.record(
-                connection,
-                f"operation.{operation.kind}",
-                tenant_id=operation.tenant_id,
-                object=operation.id,
-                outcome=str(state),
-                details=details,
-            )
+            if state is not OperationState.DONE or also is None:  # what was done tells of itself, where it changes anything here
+                audit.record(
+                    connection,
+                    f"operation.{operation.kind}",
+                    tenant_id=operation.tenant_id,
+                    object=operation.id,
+                    outcome=str(state),
+                    details={"attempt": operation.attempt, "step": operation.step},
+                )
             return ended
 
 
@@ -311,7 +315,8 @@ def _take(
     return _one(connection, operation_id) if taken.rowcount else None
 
 
-def _write(connection: Connection, operation: Operation, now: Any, **values: Any) -> Operation:
+def _write(connection: Connection, operation: Operation, now: Any, *, lightly: bool = False, **values: Any) -> Operation:
+    """``lightly``: it need not survive a crash of the database server."""
     held = (
         (_operations.c.id == operation.id)
         & (_operations.c.state == OperationState.RUNNING.value)
@@ -319,6 +324,8 @@ def _write(connection: Connection, operation: Operation, now: Any, **values: Any
         & (_operations.c.attempt == operation.attempt)
         & (_operations.c.lease_until > now)
     )
+    if lightly and connection.dialect.name == "postgresql":
+        held &= func.set_config("synchronous_commit", "off", True) == "off"  # for this transaction, and without asking apart
     values["updated_at"] = tables.utcnow()
     if connection.execute(update(_operations).where(held).values(**values)).rowcount == 0:
         raise OperationInProgress(str(operation.tenant_id))

@@ -16,3 +16,5 @@ class TenantRecord:
     server: Server | None = None
     runtime_secret: bytes | None = field(default=None, repr=False)
     runtime_secret_pending: bytes | None = field(default=None, repr=False)
+    owner_secret: bytes | None = field(default=None, repr=False)
+    """In the hands of who has just made it; never read with the rest."""

@@ -160,6 +160,7 @@ class KeyKeeper:
                     progress(min(done, total), total)
             if run.finish():
                 run.batch(self._key_check())
+                run.finish()
         except BaseException:
             with contextlib.suppress(TenantDBError):  # of the two, what interrupted us is the one to tell
                 run.record("interrupted")
@@ -227,7 +228,8 @@ class _Run:
     def finish(self) -> bool:
         """What others were writing, one at a time and waiting for their locks. False where a secret is still to be sealed anew."""
         complete = True
-        for late in self._late:
+        waiting, self._late = self._late, []
+        for late in waiting:
             for _ in range(_ATTEMPTS):
                 row = self._again(late)
                 if row is None:  # it is gone, and its secrets with it

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignUp:
-    """One request for a new tenant. ``payload`` is what the operation needs to know beside the tenant: the wanted server, the region."""
+    """One request for a new tenant. ``payload`` is what the operation needs to know beside the tenant: the wanted server, the region.
+    ``kind`` is the procedure that makes its database, where no spare will do."""
 
     slug: str
     name: str | None = None
@@ -48,6 +49,7 @@ class SignUp:
     metadata: Mapping[str, Any] | None = None
     payload: Mapping[str, Any] = field(default_factory=dict)
     idempotency_key: str | None = None
+    kind: str = PROVISION
 
     def fingerprint(self) -> bytes:
         """The same for the same request, wherever its database is wanted: a server that was named wrongly can be named anew.
@@ -143,7 +145,7 @@ def _write(
             lease=hands.lease if hands is not None and mine else None,
             done=done,
         )
-        details = {} if kind == PROVISION else {"spare": True}
+        details = {"spare": True} if kind == TAKE else {}
         audit.record(connection, "tenant.sign_up", tenant_id=tenant.id, object=operation.id, details=details)
     registry.forget(tenant.id, tenant.slug)
     return tenant, operation
@@ -156,4 +158,4 @@ def _tenant(registry: Registry, connection: Connection, request: SignUp, taking:
         to = TenantState.ACTIVE if taking.at_once else TenantState.PROVISIONING
         if (taken := registry.tenants.take_spare(connection, values, taking.wish, to)) is not None:
             return taken, TAKE, taking.at_once
-    return registry.tenants.create(connection, values), PROVISION, False
+    return registry.tenants.create(connection, values), request.kind, False

@@ -11,12 +11,13 @@ import difflib
 import functools
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, Update, bindparam, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from tenantdb.errors import IllegalTransition, OperationInProgress, TenantExists, TenantNotFound
 from tenantdb.model import TRANSITIONS, Fence, Server, Subscription, Tenant, TenantState
@@ -31,6 +32,8 @@ SUGGESTIONS_FROM = 20_000  # slugs that "did you mean" compares with; more would
 _tenants, _servers = tables.tenants, tables.servers
 _TENANT_FIELDS = [name for name in Tenant.__dataclass_fields__ if name != "server"]
 _BEING_MADE = (TenantState.PROVISIONING.value, TenantState.SPARE.value)
+_written = (_tenants.c.version, _tenants.c.generation, _tenants.c.updated_at)
+_returned = (*(_tenants.c[name] for name in _TENANT_FIELDS), _tenants.c.server_id)
 _FENCED = frozenset({TenantState.SUSPENDED, TenantState.DELETED, TenantState.PURGING})
 SIGNED_UP = ("slug", "name", "email", "phone", "country", "plan", "subscription", "metadata")
 _ERASED = (
@@ -60,7 +63,7 @@ def _query(where: ColumnElement[bool]) -> Select[Any]:
     return select(*columns).select_from(joined).where(where)
 
 
-def _tenant(row: RowMapping) -> Tenant:
+def _tenant(row: RowMapping | Mapping[str, Any]) -> Tenant:
     values = {name: row[name] for name in _TENANT_FIELDS}
     values["state"], values["subscription"] = TenantState(row["state"]), Subscription(row["subscription"])
     if values["fence"] is not None:
@@ -81,8 +84,8 @@ class SpareWish:
 
 
 @functools.cache
-def _spare(known: bool, by_server: bool, by_region: bool) -> Select[Any]:
-    """The oldest ready spare, locked; what another taker has locked is passed over."""
+def _take(known: bool, by_server: bool, by_region: bool) -> ReturningUpdate[Any]:
+    """Takes the oldest ready spare; what another taker has locked is passed over. One statement: a sign-up is to take milliseconds."""
     spare = (_tenants.c.state == TenantState.SPARE.value) & _tenants.c.ready_at.is_not(None) & ~_servers.c.draining
     if known:
         spare &= _tenants.c.revision.is_not_distinct_from(bindparam("revision_now", type_=_tenants.c.revision.type))
@@ -92,14 +95,14 @@ def _spare(known: bool, by_server: bool, by_region: bool) -> Select[Any]:
         spare &= _servers.c.region == bindparam("region_now", type_=_servers.c.region.type)
     joined = _tenants.join(_servers, _tenants.c.server_id == _servers.c.id)
     oldest = select(_tenants.c.id).select_from(joined).where(spare).order_by(_tenants.c.ready_at, _tenants.c.id).limit(1)
-    return oldest.with_for_update(skip_locked=True, of=_tenants)
-
-
-@functools.cache
-def _take() -> Update:
     taken = {name: bindparam(name, type_=_tenants.c[name].type) for name in (*SIGNED_UP, "state", "created_at", "updated_at")}
-    still = (_tenants.c.id == bindparam("id_now", type_=_tenants.c.id.type)) & (_tenants.c.state == TenantState.SPARE.value)
-    return update(_tenants).where(still).values({**taken, "ready_at": None, "version": _tenants.c.version + 1})
+    server = select(_servers.c.name).where(_servers.c.id == _tenants.c.server_id).scalar_subquery().label("server_name")
+    return (
+        update(_tenants)
+        .where(_tenants.c.id == oldest.with_for_update(skip_locked=True, of=_tenants).correlate(None).scalar_subquery())
+        .values({**taken, "ready_at": None, "version": _tenants.c.version + 1})
+        .returning(*_returned, server)
+    )
 
 
 def sign_up_values(
@@ -191,18 +194,24 @@ class TenantStore:
 
         Raises: `TenantExists`, after which the transaction can only be rolled back.
         """
-        tenant_id, now = uuid.uuid4(), tables.utcnow()
+        now = tables.utcnow()
+        written = {
+            **values,
+            "id": uuid.uuid4(),
+            "state": TenantState.PROVISIONING.value,
+            "version": 1,
+            "generation": 1,
+            "created_at": now,
+            "updated_at": now,
+        }
         try:
-            connection.execute(
-                insert(_tenants).values(
-                    id=tenant_id, **values, state=TenantState.PROVISIONING.value, version=1, generation=1, created_at=now, updated_at=now
-                )
-            )
+            connection.execute(insert(_tenants), written)
         except IntegrityError as error:
             if violates(error, "tenantdb_tenants", "slug"):
                 raise TenantExists(values["slug"]) from error
             raise
-        return self.find_in(connection, tenant_id)
+        subscription = Subscription(written["subscription"])
+        return Tenant(**{**written, "state": TenantState.PROVISIONING, "subscription": subscription})
 
     def find_in(self, connection: Connection, tenant_id: UUID) -> Tenant:
         """A tenant in the caller's transaction, whatever its state. Raises: `TenantNotFound`."""
@@ -221,33 +230,29 @@ class TenantStore:
         runtime_role: str | None,
         owner_secret: bytes | None,
         runtime_secret: bytes | None,
-    ) -> Callable[[Connection], Tenant]:
+    ) -> Callable[[Connection], TenantRecord]:
         """What gives the tenant its place, once, in the caller's transaction, who forgets the cached record when it is committed.
 
         The transaction is that of the login that owns the tables. Raises then: `OperationInProgress` where it has a place already.
         """
 
-        def write(connection: Connection) -> Tenant:
+        def write(connection: Connection) -> TenantRecord:
             place = (_tenants.c.id == tenant.id) & _tenants.c.database.is_(None) & _tenants.c.state.in_(_BEING_MADE)
-            changed = connection.execute(
-                update(_tenants)
-                .where(place)
-                .values(
-                    server_id=server.id,
-                    database=database,
-                    owner_role=owner_role,
-                    runtime_role=runtime_role,
-                    owner_secret=owner_secret,
-                    runtime_secret=runtime_secret,
-                    version=_tenants.c.version + 1,
-                    generation=_tenants.c.generation + 1,
-                    updated_at=tables.utcnow(),
-                )
-            )
-            if changed.rowcount == 0:
+            values: dict[str, Any] = {"database": database, "owner_role": owner_role, "runtime_role": runtime_role}
+            written = {
+                **values,
+                "server_id": server.id,
+                "owner_secret": owner_secret,
+                "runtime_secret": runtime_secret,
+                "version": _tenants.c.version + 1,
+                "generation": _tenants.c.generation + 1,
+                "updated_at": tables.utcnow(),
+            }
+            returned = connection.execute(update(_tenants).where(place).values(written).returning(*_written)).first()
+            if returned is None:
                 raise OperationInProgress(tenant.slug)
-            audit.record(connection, "tenant.reserve", tenant_id=tenant.id, object=database, details={"server": server.name})
-            return self.find_in(connection, tenant.id)
+            found = replace(tenant, **values, **returned._mapping, server=server.name)
+            return TenantRecord(tenant=found, server=server, runtime_secret=runtime_secret, owner_secret=owner_secret)
 
         return write
 
@@ -297,12 +302,12 @@ class TenantStore:
         unchanged = (_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value)
         if not held:
             unchanged &= _tenants.c.legal_hold.is_(None)
-        changed = connection.execute(update(_tenants).where(unchanged).values({**written, **(values or {})}))
-        found = self.find_in(connection, tenant.id)
-        if changed.rowcount == 0:
-            raise IllegalTransition(tenant.slug, str(found.state), str(to))
+        statement = update(_tenants).where(unchanged).values({**written, **(values or {})}).returning(*_returned)
+        row = connection.execute(statement).mappings().first()
+        if row is None:
+            raise IllegalTransition(tenant.slug, str(self.find_in(connection, tenant.id).state), str(to))
         audit.record(connection, action, tenant_id=tenant.id, details={"from": str(tenant.state), "to": str(to)})
-        return found
+        return _tenant({**row, "server_name": None if row["server_id"] is None else tenant.server})
 
     def still(self, connection: Connection, tenant: Tenant) -> None:
         """Hold the tenant's row in the caller's transaction. Raises: `IllegalTransition` where its state has changed."""
@@ -344,13 +349,13 @@ class TenantStore:
 
     def set_revision_in(self, connection: Connection, tenant: Tenant, revision: str | None) -> Tenant:
         """The same in the caller's transaction, who forgets the cached record when it is committed."""
-        connection.execute(
-            update(_tenants)
-            .where(_tenants.c.id == tenant.id)
-            .values(revision=revision, version=_tenants.c.version + 1, updated_at=tables.utcnow())
-        )
-        audit.record(connection, "tenant.revision", tenant_id=tenant.id, details={"from": tenant.revision, "to": revision})
-        return self.find_in(connection, tenant.id)
+        written = {"revision": revision, "version": _tenants.c.version + 1, "updated_at": tables.utcnow()}
+        returned = connection.execute(update(_tenants).where(_tenants.c.id == tenant.id).values(written).returning(*_written)).first()
+        if returned is None:
+            raise TenantNotFound(str(tenant.id))
+        if tenant.state not in _BEING_MADE:  # the journal tells of what is being made
+            audit.record(connection, "tenant.revision", tenant_id=tenant.id, details={"from": tenant.revision, "to": revision})
+        return replace(tenant, revision=revision, **returned._mapping)
 
     def owner_secrets(self, tenant_id: UUID) -> tuple[bytes | None, bytes | None]:
         """The owner role's sealed password and the one that is to replace it, read with the login that owns the registry.
@@ -399,19 +404,16 @@ class TenantStore:
         ``values`` are the columns of a sign-up. Raises: `TenantExists`, after which the transaction can only be rolled back.
         """
         parameters = {"revision_now": wish.revision, "server_now": wish.server, "region_now": wish.region}
-        query = _spare(wish.known, wish.server is not None, wish.region is not None)
-        found: UUID | None = connection.execute(query, parameters).scalar()
-        if found is None:
-            return None
         now = tables.utcnow()
-        written = {**values, "id_now": found, "state": to.value, "created_at": now, "updated_at": now}
+        written = {**values, **parameters, "state": to.value, "created_at": now, "updated_at": now}
+        statement = _take(wish.known, wish.server is not None, wish.region is not None)
         try:
-            changed = connection.execute(_take(), written)
+            row = connection.execute(statement, written).mappings().first()
         except IntegrityError as error:
             if violates(error, "tenantdb_tenants", "slug"):
                 raise TenantExists(values["slug"]) from error
             raise
-        return self.find_in(connection, found) if changed.rowcount else None
+        return None if row is None else _tenant(row)
 
     def spares(self) -> builtins.list[Tenant]:
         """All spares, ready or not, the oldest first."""
@@ -443,14 +445,12 @@ class TenantStore:
         self._forget(tenant.id, tenant.slug)
         return found
 
-    def fenced(self, connection: Connection, tenant: Tenant) -> bool:
-        """Write down that the server refuses the tenant now, in the caller's transaction. False where its state has changed meanwhile."""
-        changed = connection.execute(
-            update(_tenants)
-            .where((_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value) & _tenants.c.fence.is_not(None))
-            .values(fence=Fence.DONE.value, version=_tenants.c.version + 1, updated_at=tables.utcnow())
-        )
-        return bool(changed.rowcount)
+    def fenced(self, connection: Connection, tenant: Tenant) -> Tenant | None:
+        """Write down that the server refuses the tenant now, in the caller's transaction. None where its state has changed meanwhile."""
+        still = (_tenants.c.id == tenant.id) & (_tenants.c.state == tenant.state.value) & _tenants.c.fence.is_not(None)
+        written = {"fence": Fence.DONE.value, "version": _tenants.c.version + 1, "updated_at": tables.utcnow()}
+        returned = connection.execute(update(_tenants).where(still).values(written).returning(*_written)).first()
+        return None if returned is None else replace(tenant, fence=Fence.DONE, **returned._mapping)
 
     def erase(self, connection: Connection, tenant: Tenant, certificate: Mapping[str, Any], *, besides: UUID) -> Tenant:
         """Leave a tombstone of a tenant that is being purged: its id, when, and the certificate. The slug is free again, and nothing is
@@ -507,21 +507,20 @@ class TenantStore:
         )
         return bool(changed.rowcount)
 
-    def promote_secrets(self, connection: Connection, tenant: Tenant) -> None:
-        """What was pending is what holds."""
-        connection.execute(
-            update(_tenants)
-            .where((_tenants.c.id == tenant.id) & _tenants.c.runtime_secret_pending.is_not(None))
-            .values(
-                owner_secret=_tenants.c.owner_secret_pending,
-                runtime_secret=_tenants.c.runtime_secret_pending,
-                owner_secret_pending=None,
-                runtime_secret_pending=None,
-                version=_tenants.c.version + 1,
-                generation=_tenants.c.generation + 1,
-                updated_at=tables.utcnow(),
-            )
-        )
+    def promote_secrets(self, connection: Connection, tenant: Tenant) -> Tenant | None:
+        """What was pending is what holds. None where it was so already."""
+        written = {
+            "owner_secret": _tenants.c.owner_secret_pending,
+            "runtime_secret": _tenants.c.runtime_secret_pending,
+            "owner_secret_pending": None,
+            "runtime_secret_pending": None,
+            "version": _tenants.c.version + 1,
+            "generation": _tenants.c.generation + 1,
+            "updated_at": tables.utcnow(),
+        }
+        pending = (_tenants.c.id == tenant.id) & _tenants.c.runtime_secret_pending.is_not(None)
+        returned = connection.execute(update(_tenants).where(pending).values(written).returning(*_written)).first()
+        return None if returned is None else replace(tenant, **returned._mapping)
 
     def _alike(self, slug: str) -> str | None:
         query = select(_tenants.c.slug).where(_tenants.c.slug.is_not(None)).limit(SUGGESTIONS_FROM)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
 from sqlalchemy import create_engine, event
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
 from tenantdb.backends.base import ConnectFailed, Location, ServerReport
-from tenantdb.backends.hangup import await_hangup, wait_for_hangup
+from tenantdb.backends.hangup import await_hangup, is_readable, wait_for_hangup
 from tenantdb.backends.postgresql import wire
 from tenantdb.backends.postgresql.connect import (
     connect_failure,
@@ -37,7 +38,7 @@ from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.settings import POSTGRESQL, ConnectionURL, Settings
 
 if TYPE_CHECKING:
-    from tenantdb.backends.protocols import Doctor, Wire
+    from tenantdb.backends.protocols import Carrier, Doctor, Rows, Wire
 
 _IDENTITY = b"SELECT current_database(), tenant_id FROM tenantdb.identity"
 
@@ -86,7 +87,6 @@ class PostgreSQL:
             pool_size=settings.registry_pool_size,
             max_overflow=0,
             pool_timeout=settings.budget.acquire_timeout,
-            pool_pre_ping=True,
         )
 
         @event.listens_for(engine, "do_connect")
@@ -95,6 +95,12 @@ class PostgreSQL:
                 return dialect.connect(*cargs, **cparams, **password_argument(url))
             except psycopg.OperationalError as error:
                 raise RegistryUnavailable(connect_problem(error)) from without_frames(error)
+
+        @event.listens_for(engine, "checkout")
+        def look(connection: Any, record: Any, proxy: Any) -> None:
+            """A server that has hung up says so: the socket is readable then. Asking it would cost a round trip per transaction."""
+            if connection.closed or is_readable(connection.pgconn.socket, 0):
+                raise DisconnectionError
 
         return engine
 
@@ -141,6 +147,16 @@ class PostgreSQL:
         from tenantdb.backends.postgresql.doctor import PostgreSQLDoctor
 
         return PostgreSQLDoctor(server, url, settings)
+
+    def carrier(self, location: Location, settings: Settings) -> Carrier:
+        from tenantdb.backends.postgresql.carrier import PostgreSQLCarrier
+
+        return PostgreSQLCarrier(location, settings)
+
+    def rows(self, connection: Connection, schemas: Sequence[str]) -> Rows:
+        from tenantdb.backends.postgresql.rows import PostgreSQLRows
+
+        return PostgreSQLRows(connection, schemas)
 
 
 _GOODBYE = 0.5  # seconds to wait for a server to let go of a connection that failed its check

@@ -7,6 +7,7 @@ interrupted, and only where the registry says that its tenant is being purged.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class PostgreSQLDoctor:
             catalogue = Catalogue.read(connection, tenants, whole=whole)
             found = [*self._server_wide(connection, catalogue, tenants, templates)] if whole else []
             for patient in patients:
-                found += self._from_outside(catalogue, patient)
+                found += map(functools.partial(_only_if_unchanged, patient), self._from_outside(catalogue, patient))
             return found
 
         with self._session() as connection:
@@ -88,7 +89,8 @@ class PostgreSQLDoctor:
         tenant = patient.tenant
 
         def look() -> list[Weakness]:
-            return [*look_inside(connection, tenant, self._server, self._settings), *self._logins(patient)]
+            found = [*look_inside(connection, tenant, self._server, self._settings), *self._logins(patient)]
+            return [_only_if_unchanged(patient, weakness) for weakness in found]
 
         with self._session(tenant.database) as connection:
             return treat(look, connection, repair=repair)
@@ -184,4 +186,21 @@ class PostgreSQLDoctor:
         if password is None:
             return
         verifier = scram.verifier(password.get_secret_value(), iterations=self._settings.scram_iterations)
-        run(statement("ALTER ROLE {} LOGIN PASSWORD {} VALID UNTIL 'infinity'", name, sql.Literal(verifier)))(connection)
+        run(statement("ALTER ROLE {} PASSWORD {} VALID UNTIL 'infinity'", name, sql.Literal(verifier)))(connection)
+
+
+def _only_if_unchanged(patient: Patient, weakness: Weakness) -> Weakness:
+    """Its mending, if any, asks the registry first: what was a lost login a moment ago may be the fence of a suspension by now."""
+    mend = weakness.mend
+    if mend is None:
+        return weakness
+
+    def mend_unchanged(connection: Connection) -> None:
+        if not patient.unchanged():
+            return
+        mend(connection)
+        now = patient.now()
+        if weakness.code == "login-lost" and now is not None and now.fence is not None:  # it came in between
+            run(statement("ALTER ROLE {} NOLOGIN", now.runtime_role or ""))(connection)
+
+    return dataclasses.replace(weakness, mend=mend_unchanged)

@@ -14,20 +14,37 @@ from tenantdb.backends.base import ServerReport
 from tenantdb.backends.postgresql.bootstrap import OWNER_CONNECTIONS, TEMPLATE
 from tenantdb.backends.postgresql.catalogue import NAME_PATTERN, Catalogue, Connection, Findings, doors, statement
 from tenantdb.backends.postgresql.connect import provisioner_connection
-from tenantdb.backends.postgresql.interior import SAFE_PATH, look_inside
+from tenantdb.backends.postgresql.interior import SAFE_PATH, look_at_clone, look_inside
 from tenantdb.backends.weakness import Severity, Weakness
-from tenantdb.model import Server, Tenant
+from tenantdb.model import Server, Template, Tenant, TenantState
 from tenantdb.settings import ConnectionURL, Settings
 
 
-def database_findings(connection: Connection, tenant: Tenant, server: Server, settings: Settings) -> list[str]:
-    """Look at one tenant's database from inside, as the provisioner: problems alone, in words."""
+def database_findings(connection: Connection, tenant: Tenant, server: Server, settings: Settings, *, cloned: bool = False) -> list[str]:
+    """Look at one tenant's database from inside, as the provisioner: problems alone, in words.
+
+    Of a database that was ``cloned`` a moment ago only what cloning and fitting can have left open: the rest was looked at in the golden
+    database, by `template_findings`, and asking again would take as long as the cloning.
+    """
     connection.execute(SAFE_PATH)
     found = [
         *doors(Catalogue.read(connection, [tenant], whole=False), tenant, settings),
-        *look_inside(connection, tenant, server, settings),
+        *(look_at_clone(connection, tenant, server) if cloned else look_inside(connection, tenant, server, settings)),
     ]
     return [weakness.text for weakness in found if weakness.severity is Severity.PROBLEM]
+
+
+def template_findings(connection: Connection, template: Template, server: Server, settings: Settings) -> list[str]:
+    """The same of a golden database, which has no runtime role and no identity stamp yet."""
+    connection.execute(SAFE_PATH)
+    as_tenant = Tenant(
+        id=template.id, slug=template.database, name="", state=TenantState.SPARE, database=template.database, owner_role=template.owner_role
+    )
+    found = look_inside(connection, as_tenant, server, settings)
+    return [weakness.text for weakness in found if weakness.code in _OF_A_TEMPLATE]
+
+
+_OF_A_TEMPLATE = frozenset({"public-schema", "schema-owner", "public-functions", "doors-open", "plpgsql-public", "extension"})
 
 
 # -- the server ------------------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,15 @@ def look_inside(connection: Connection, tenant: Tenant, server: Server, settings
         yield make.problem("identity", subject, "the identity stamp is not the tenant's", repair)
 
 
+def look_at_clone(connection: Connection, tenant: Tenant, server: Server) -> Iterator[Weakness]:
+    """What may still be the golden database's in a clone of it: who owns the schemas, and the identity stamp."""
+    make = Findings(tenant.id)
+    yield from _schemas(make, connection.execute(_SCHEMAS).fetchall(), tenant, server)
+    if not _stamped(connection, tenant):
+        repair = "it was just made; let the doctor look at the golden database and at the provisioner"
+        yield make.problem("identity", f"database {tenant.database}", "the identity stamp is not the tenant's", repair)
+
+
 def _schemas(make: Findings, schemas: Sequence[tuple[Any, ...]], tenant: Tenant, server: Server) -> Iterator[Weakness]:
     owner_role = tenant.owner_role or ""
     for name, owner, is_public in schemas:

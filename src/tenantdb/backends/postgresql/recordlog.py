@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-_MAKE = """
+_TABLES = """
 CREATE TABLE IF NOT EXISTS tenantdb.audit (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at timestamptz NOT NULL,
@@ -33,7 +33,9 @@ CREATE TABLE IF NOT EXISTS tenantdb.audit_head (
     seq bigint NOT NULL,
     mac bytea
 );
-INSERT INTO tenantdb.audit_head (id, seq) VALUES (1, 0) ON CONFLICT DO NOTHING;
+INSERT INTO tenantdb.audit_head (id, seq) VALUES (1, 0) ON CONFLICT DO NOTHING
+"""
+_GRANTS = """
 REVOKE ALL ON tenantdb.audit, tenantdb.audit_head FROM PUBLIC, {owner}, {runtime};
 GRANT SELECT ON tenantdb.audit, tenantdb.audit_head TO {owner}, {runtime};
 GRANT INSERT (at, actor, action, object, outcome, request_id, reason, source, details, seq, mac) ON tenantdb.audit TO {runtime};
@@ -41,7 +43,17 @@ GRANT UPDATE (seq, mac) ON tenantdb.audit_head TO {runtime}
 """
 
 
+def tables() -> sql.SQL:
+    """The statements that make the tables where they are missing; a golden database has them, and grants nobody anything."""
+    return sql.SQL(_TABLES)
+
+
+def grants(owner: sql.Identifier, runtime: sql.Identifier) -> sql.Composed:
+    """The statements that grant what these two roles may do."""
+    return sql.SQL(_GRANTS).format(owner=owner, runtime=runtime)
+
+
 def make(connection: psycopg.Connection[Any], owner: sql.Identifier, runtime: sql.Identifier) -> None:
-    """Make the tables where they are missing, and grant what these two roles may do. As the provisioner, in the tenant's database, which
-    has the schema ``tenantdb`` already. May run any number of times: so a database from before there was this log gets it."""
-    connection.execute(sql.SQL(_MAKE).format(owner=owner, runtime=runtime))
+    """Both, as the provisioner, in the tenant's database, which has the schema ``tenantdb`` already. May run any number of times: so a
+    database from before there was this log gets it."""
+    connection.execute(sql.SQL("{}; {}").format(tables(), grants(owner, runtime)))

@@ -29,7 +29,7 @@ from tenantdb.backends.base import FenceLevel, FoundDatabase
 from tenantdb.backends.postgresql import recordlog, scram
 from tenantdb.backends.postgresql.bootstrap import OWNER_CONNECTIONS, OWNER_GROUP, TEMPLATE
 from tenantdb.backends.postgresql.connect import provisioner_connection
-from tenantdb.backends.postgresql.inspect import database_findings
+from tenantdb.backends.postgresql.inspect import database_findings, template_findings
 from tenantdb.errors import HardeningFailed, OperationInProgress, ServerUnavailable
 from tenantdb.model import Server, Template, Tenant
 from tenantdb.settings import ConnectionURL, Settings
@@ -39,6 +39,7 @@ _NO_EFFECT = frozenset({"01006", "01007"})  # privilege_not_revoked, privilege_n
 _INVALID = -2  # datconnlimit of a database whose DROP was interrupted
 _LINGERING = 4  # backends whose client has gone and that the server still counts
 _MAX_NAME = 63  # bytes; the server cuts what is longer, and then two names are one
+_LOCK_PATIENCE, _LOCK_POLL = 5.0, 0.02  # seconds
 _END_TIMEOUT = 5_000  # milliseconds for a session to end before its database is given up on
 
 _ORIGIN = """
@@ -91,22 +92,28 @@ class PostgreSQLWorkshop:
         rows = self._connection.execute("SELECT rolname FROM pg_roles WHERE rolname = ANY(%s)", [list(names)]).fetchall()
         return [row[0] for row in rows]
 
+    def are_taken(self, database: str, roles: Sequence[str]) -> bool:
+        query = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %s) OR EXISTS (SELECT FROM pg_roles WHERE rolname = ANY(%s))"
+        row = self._connection.execute(query, [database, list(roles)]).fetchone()
+        return row is None or bool(row[0])
+
     def ours(self) -> tuple[set[str], set[str]]:
         pattern = f"^{OPAQUE_NAME.pattern}$"
         databases = self._connection.execute("SELECT datname FROM pg_database WHERE datname ~ %s", [pattern]).fetchall()
         roles = self._connection.execute("SELECT rolname FROM pg_roles WHERE rolname ~ %s", [pattern]).fetchall()
         return {name for (name,) in databases}, {name for (name,) in roles}
 
-    def verify(self, tenant: Tenant) -> list[str]:
-        return database_findings(self._in(tenant.database), tenant, self._server, self._settings)
+    def verify(self, tenant: Tenant, *, cloned: bool = False) -> list[str]:
+        return database_findings(self._in(tenant.database), tenant, self._server, self._settings, cloned=cloned)
 
-    def lock(self, name: str) -> None:
-        """Held by this session, which outlives a client that died after it had sent CREATE or DROP DATABASE until that has ended."""
+    def hold(self, name: str) -> FoundDatabase | None:
         self._outside()
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-        row = self._connection.execute("SELECT pg_try_advisory_lock(%s)", [key]).fetchone()
-        if row is None or not row[0]:
+        query = "SELECT pg_try_advisory_lock(%s), (SELECT datconnlimit FROM pg_database WHERE datname = %s)"
+        locked, limit = self._connection.execute(query, [key, name]).fetchone() or (False, None)
+        if not locked:
             raise OperationInProgress(name)
+        return None if limit is None else FoundDatabase(name, invalid=limit == _INVALID)
 
     # -- a tenant comes to be ----------------------------------------------------------------------------------------------------------
 
@@ -182,65 +189,65 @@ class PostgreSQLWorkshop:
         connection = self._in(tenant.database)
         owner, runtime = _role(tenant.owner_role), _role(tenant.runtime_role)
         made_by, furnished = connection.execute(_ORIGIN).fetchone() or (None, False)
+        cloned = furnished and made_by != tenant.owner_role  # all is the golden database's role's still
+        names = ["public", *self._server.schemas]
+        items = connection.execute(_CLONED, {"owner": made_by, "schemas": names}).fetchall() if cloned else []
+        statements = [*(() if furnished else self._furnish(owner)), self._join(owner)]
+        if cloned:
+            golden = sql.Identifier(_drawn(made_by))
+            # The schemas first: who is to own a function in one must be allowed to create there. What the role does not own but was
+            # granted, and its default privileges, would keep it from being dropped one day.
+            statements += [_sql("ALTER SCHEMA {} OWNER TO {}", sql.Identifier(name), owner) for name in names]
+            statements += [_sql("REASSIGN OWNED BY {} TO {}", golden, owner), _sql("DROP OWNED BY {}", golden)]
+        stamp = "INSERT INTO tenantdb.identity SELECT {}, now() WHERE NOT EXISTS (SELECT FROM tenantdb.identity)"
+        statements += [
+            _sql(stamp, sql.Literal(tenant.id)),
+            _sql("GRANT USAGE ON SCHEMA tenantdb TO {}, {}", owner, runtime),
+            _sql("GRANT SELECT ON tenantdb.identity TO {}, {}", owner, runtime),
+            recordlog.grants(owner, runtime),
+            *self._grants(owner, runtime, items),
+            _sql("REVOKE {} FROM CURRENT_USER", owner),
+        ]
         with connection.transaction():
-            if not furnished:
-                self._furnish(connection, owner)
-            connection.execute(
-                "INSERT INTO tenantdb.identity SELECT %s, now() WHERE NOT EXISTS (SELECT FROM tenantdb.identity)", [str(tenant.id)]
-            )
-            recordlog.make(connection, owner, runtime)
-            statements = [
-                _sql("GRANT USAGE ON SCHEMA tenantdb TO {}, {}", owner, runtime),
-                _sql("GRANT SELECT ON tenantdb.identity TO {}, {}", owner, runtime),
-                self._join(owner),
-            ]
-            if furnished and made_by != tenant.owner_role:  # a clone: all is the golden database's role's still
-                golden = sql.Identifier(_drawn(made_by))
-                # The schemas first: who is to own a function in one must be allowed to create there. What the role does not own but was
-                # granted, and its default privileges, would keep it from being dropped one day.
-                schemas = (sql.Identifier(name) for name in ("public", *self._server.schemas))
-                statements += [_sql("ALTER SCHEMA {} OWNER TO {}", schema, owner) for schema in schemas]
-                statements += [_sql("REASSIGN OWNED BY {} TO {}", golden, owner), _sql("DROP OWNED BY {}", golden)]
             _run(connection, *statements)
-            _run(connection, *self._grants(connection, tenant, owner, runtime), _sql("REVOKE {} FROM CURRENT_USER", owner))
 
     def _join(self, role: sql.Identifier) -> Statement:
         """Become a member of a role: a REVOKE on a schema works only as its owner, and default privileges belong to the role that will
         create the tables. REASSIGN OWNED wants INHERIT since 16."""
         return _sql("GRANT {} TO CURRENT_USER{}", role, sql.SQL(" WITH INHERIT TRUE, SET TRUE" if self._version >= 160000 else ""))
 
-    def _furnish(self, connection: Connection, owner: sql.Identifier) -> None:
+    def _furnish(self, owner: sql.Identifier) -> list[Statement]:
         """What every new database has: the schema that no migration owns and no autogenerate sees, extensions, schemas of the owner's."""
-        _run(
-            connection,
+        return [
             _sql("CREATE SCHEMA IF NOT EXISTS tenantdb"),
             _sql("CREATE TABLE IF NOT EXISTS tenantdb.identity (tenant_id uuid NOT NULL, stamped_at timestamptz NOT NULL)"),
             _sql("REVOKE ALL ON SCHEMA tenantdb FROM PUBLIC"),
+            _sql("{}", recordlog.tables()),
             _sql("SET LOCAL search_path = public"),
             *(_sql("CREATE EXTENSION IF NOT EXISTS {} CASCADE", sql.Identifier(name)) for name in self._server.extensions),
             _sql("SET LOCAL search_path = pg_catalog"),
             self._join(owner),
             _sql("ALTER SCHEMA public OWNER TO {}", owner),
             *(_sql("CREATE SCHEMA IF NOT EXISTS {} AUTHORIZATION {}", sql.Identifier(name), owner) for name in self._server.schemas),
-        )
+        ]
 
-    def _grants(self, connection: Connection, tenant: Tenant, owner: sql.Identifier, runtime: sql.Identifier) -> list[Statement]:
-        names = ["public", *self._server.schemas]
-        schemas = [sql.Identifier(name) for name in names]
+    def _grants(self, owner: sql.Identifier, runtime: sql.Identifier, items: Sequence[tuple[str, str]]) -> list[Statement]:
+        """As the owner: what the runtime role may do with what is there, and with what later migrations make."""
         statements = [_sql("SET LOCAL ROLE {}", owner)]
-        for schema in schemas:
+        for schema in (sql.Identifier(name) for name in ("public", *self._server.schemas)):
             statements += [_sql("REVOKE ALL ON SCHEMA {} FROM PUBLIC", schema), _sql("GRANT USAGE ON SCHEMA {} TO {}", schema, runtime)]
             for kind, rights in _DEFAULTS.items():
                 statements.append(_sql(f"ALTER DEFAULT PRIVILEGES IN SCHEMA {{}} GRANT {rights} ON {kind} TO {{}}", schema, runtime))
-        for kind, item in connection.execute(_CLONED, {"owner": tenant.owner_role, "schemas": names}).fetchall():
-            statements.append(_sql(f"GRANT {_RIGHTS[kind]} ON {kind} {{}} TO {{}}", sql.SQL(item), runtime))
+        for kind, rights in _RIGHTS.items():
+            if names := [sql.SQL(name) for of, name in items if of == kind]:
+                statements.append(_sql(f"GRANT {rights} ON {kind} {{}} TO {{}}", sql.SQL(", ").join(names), runtime))
         # Without IN SCHEMA: a default of PUBLIC can only be taken away for the whole database.
-        statements += [
+        return [
+            *statements,
             _sql("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC"),
             _sql("ALTER DEFAULT PRIVILEGES REVOKE USAGE ON TYPES FROM PUBLIC"),
             _sql("RESET ROLE"),
         ]
-        return statements
 
     # -- golden databases --------------------------------------------------------------------------------------------------------------
 
@@ -263,9 +270,9 @@ class PostgreSQLWorkshop:
             )
         connection = self._in(template.database)
         with connection.transaction():
-            self._furnish(connection, owner)
             _run(
                 connection,
+                *self._furnish(owner),
                 _sql("SET LOCAL ROLE {}", owner),
                 *(_sql("REVOKE ALL ON SCHEMA {} FROM PUBLIC", sql.Identifier(name)) for name in ("public", *self._server.schemas)),
                 _sql("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC"),
@@ -297,6 +304,8 @@ class PostgreSQLWorkshop:
         connection = self._in(template.database)
         owner = sql.Identifier(_drawn(template.owner_role))
         with connection.transaction():
+            if findings := template_findings(connection, template, self._server, self._settings):
+                raise HardeningFailed(findings)
             _run(  # a role's default privileges in a clone would outlive the role's use; these are the built-in ones again
                 connection,
                 _sql("SET LOCAL ROLE {}", owner),
