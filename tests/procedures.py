@@ -9,41 +9,54 @@ from typing import Any
 from unittest.mock import patch
 
 from tenantdb.provisioning import procedures
-from tenantdb.provisioning.journal import Step
 from tenantdb.provisioning.work import Also, Work
+from tenantdb.registry.operations import PROVISION
 
+Run = Callable[[Work], Also | None]
 Happens = Callable[[Work], Any]
+END = "end"
+"""What is written in the transaction in which an operation is done, named as if it were its last step."""
+
+
+def steps_of(kind: str) -> list[str]:
+    """The names of a procedure's steps."""
+    return [step.name for step in procedures.PROCEDURES[kind].steps]
 
 
 @contextmanager
-def changed(kind: str, step: str, change: Callable[[Step], Step]) -> Iterator[None]:
-    """For the length of the block, a step of a kind of operation is what ``change`` makes of it."""
+def changed(kind: str, step: str, change: Callable[[Run], Run]) -> Iterator[None]:
+    """For the length of the block, a step of a kind of operation is what ``change`` makes of it, and is needed in any case."""
     procedure = procedures.PROCEDURES[kind]
-    assert step in dict(procedure.steps), f"{kind} has no step {step!r}"
-    steps = tuple((name, change(fn) if name == step else fn) for name, fn in procedure.steps)
-    with patch.object(procedures, "PROCEDURES", {**procedures.PROCEDURES, kind: replace(procedure, steps=steps)}):
+    if step == END:
+        assert procedure.end is not None
+        other = replace(procedure, end=change(procedure.end))
+    else:
+        assert step in steps_of(kind), f"{kind} has no step {step!r}"
+        steps = (replace(each, run=change(each.run), needed=None) if each.name == step else each for each in procedure.steps)
+        other = replace(procedure, steps=tuple(steps))
+    with patch.object(procedures, "PROCEDURES", {**procedures.PROCEDURES, kind: other}):
         yield
 
 
-def before(kind: str, step: str, happens: Happens) -> Any:
+def before(step: str, happens: Happens, *, kind: str = PROVISION) -> Any:
     """Something happens right before a step."""
 
-    def change(fn: Step) -> Step:
+    def change(run: Run) -> Run:
         def first(work: Work) -> Also | None:
             happens(work)
-            return fn(work)
+            return run(work)
 
         return first
 
     return changed(kind, step, change)
 
 
-def after(kind: str, step: str, happens: Happens) -> Any:
+def after(step: str, happens: Happens, *, kind: str = PROVISION) -> Any:
     """Something happens when a step has done all it does, and the journal does not know yet."""
 
-    def change(fn: Step) -> Step:
+    def change(run: Run) -> Run:
         def then(work: Work) -> Also | None:
-            found = fn(work)
+            found = run(work)
             happens(work)
             return found
 

@@ -31,12 +31,15 @@ from tenantdb.settings import Settings
 if TYPE_CHECKING:
     from tenantdb.events import Event
     from tenantdb.migrations.tenants import TenantMigrations
+    from tenantdb.provisioning.archive import Export
     from tenantdb.provisioning.check import Finding
     from tenantdb.provisioning.doctor import DoctorFinding
     from tenantdb.provisioning.lifecycle import Lifecycle
     from tenantdb.provisioning.procedures import Runner
     from tenantdb.provisioning.provisioner import Provisioner
+    from tenantdb.provisioning.rows import ExportedRows
     from tenantdb.provisioning.spares import Spares
+    from tenantdb.provisioning.transfer import Transfer
     from tenantdb.provisioning.worker import Resumed, Worker
     from tenantdb.registry.rotation import KeyRotation, KeyUse
 
@@ -291,6 +294,126 @@ class TenantDB:
         """
         return self._lifecycle.rotate_credentials(self.tenants.get(tenant))
 
+    def export(
+        self,
+        tenant: TenantKey,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Export:
+        """Write a tenant's whole database into one file: a tar of a ``pg_dump`` archive, or of the SQLite file, and a manifest of hashes.
+
+        As the owner role, of one moment, while the tenant is served. Nothing of tenantdb's own and no secret is in it; it gets its name,
+        with mode 0600, when it is whole. ``progress(done, total)`` counts bytes, of about so many.
+
+        Raises: `ExportError`: no file was left; `ToolNotFound`; `TenantNotFound`, `ServerUnavailable`, `RegistryUnavailable`.
+        """
+        return self._transfer.export(self.tenants.get(tenant), path, overwrite=overwrite, progress=progress)
+
+    def import_(
+        self,
+        slug: str,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        owner: User | UUID | NewUser | None = None,
+        email: str | None = None,
+        phone: str | None = None,
+        country: str | None = None,
+        plan: str | None = None,
+        subscription: Subscription | str = Subscription.TRIAL,
+        metadata: Mapping[str, Any] | None = None,
+        server: str | None = None,
+        region: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Tenant:
+        """Make a new tenant whose database is filled from a file of `export`, and migrated to head. Seeds do not run.
+
+        The file is verified first, and loaded by the new owner role, so that whatever is in it can do nothing outside the new database.
+        After an error the same call goes on where it stopped; what was interrupted `resume` finishes, where the file still is.
+
+        Raises: `ImportRefused` before anything is made: damaged, unknown revision, of a tenant that was purged here; `ConfigError` in a
+        process without a provisioner; what `provision` raises; `ProvisioningError`, after which the tenant is ``failed``.
+        """
+        return self._transfer.import_(
+            slug,
+            path,
+            owner=owner,
+            server=server,
+            region=region,
+            progress=progress,
+            name=name,
+            email=email,
+            phone=phone,
+            country=country,
+            plan=plan,
+            subscription=subscription,
+            metadata=metadata,
+        )
+
+    def clone(
+        self,
+        tenant: TenantKey,
+        slug: str,
+        *,
+        neutralised: bool = True,
+        name: str | None = None,
+        owner: User | UUID | NewUser | None = None,
+        email: str | None = None,
+        phone: str | None = None,
+        country: str | None = None,
+        plan: str | None = None,
+        subscription: Subscription | str = Subscription.TRIAL,
+        metadata: Mapping[str, Any] | None = None,
+        server: str | None = None,
+        region: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Tenant:
+        """Make a new tenant with a copy of another's data, for staging or a trial of an upgrade. Nothing of its record is copied.
+
+        Before it is served, every function of `neutralise` runs on the copy; ``neutralised=False`` leaves the data as it is.
+
+        Raises: `ConfigError` where no function is registered; what `export` and `import_` raise.
+        """
+        return self._transfer.clone(
+            self.tenants.get(tenant),
+            slug,
+            neutralised=neutralised,
+            owner=owner,
+            server=server,
+            region=region,
+            progress=progress,
+            name=name,
+            email=email,
+            phone=phone,
+            country=country,
+            plan=plan,
+            subscription=subscription,
+            metadata=metadata,
+        )
+
+    def export_rows(
+        self,
+        tenant: TenantKey,
+        folder: str | os.PathLike[str],
+        *,
+        tables: Sequence[str] | None = None,
+        format: str = "jsonl",
+        overwrite: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> ExportedRows:
+        """Write a tenant's rows into a new folder as JSON Lines, a file for each table, with ``schema.json`` and a manifest of hashes.
+
+        In one transaction that only reads, as the runtime role, in constant memory. Without loss: decimals are strings, bytes base64,
+        times ISO 8601. ``format="csv"`` is for spreadsheets, loses types, and makes formulas harmless. ``progress`` counts tables.
+
+        Raises: `ExportError`: no folder was left; `ConfigError` for a table that is not there; `TenantNotFound`, `ServerUnavailable`.
+        """
+        return self._transfer.export_rows(
+            self.tenants.get(tenant), folder, tables=tables, format=format, overwrite=overwrite, progress=progress
+        )
+
     def update(self, tenant: TenantKey, **changes: Any) -> Tenant:
         """Change name, email, phone, country, plan, subscription, subscription_expires_at or metadata; None clears what may be empty.
 
@@ -327,6 +450,11 @@ class TenantDB:
         if fn is None:
             return functools.partial(self._hooks.seed, static=static)
         return self._hooks.seed(fn, static=static)
+
+    def neutralise(self, fn: F) -> F:
+        """Register ``fn(session, tenant)``, which takes from a clone's data what must not act for the original: addresses that get mail,
+        webhooks, tokens. As the runtime role, all in one transaction, before the clone is served; it may run again."""
+        return self._hooks.neutralise(fn)
 
     def on(self, event: str) -> Callable[[F], F]:
         """Register ``fn(tenant)`` for an event such as ``after_activate``. Raises: `ConfigError` for an event that does not exist."""
@@ -408,6 +536,12 @@ class TenantDB:
         from tenantdb.provisioning.provisioner import Provisioner
 
         return Provisioner(self._runner, self.spares)
+
+    @functools.cached_property
+    def _transfer(self) -> Transfer:
+        from tenantdb.provisioning.transfer import Transfer
+
+        return Transfer(self._runner)
 
     @functools.cached_property
     def _worker(self) -> Worker:

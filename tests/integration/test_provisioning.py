@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -17,6 +16,7 @@ from tenantdb import Tenant, TenantDB
 from tenantdb.errors import (
     ConfigError,
     NoServerAvailable,
+    OperationFailed,
     ProvisioningError,
     ServerUnavailable,
     TenantExists,
@@ -25,9 +25,10 @@ from tenantdb.errors import (
     UserExists,
 )
 from tenantdb.model import DatabaseRole, MemberRole, NewUser, TenantState, User
-from tenantdb.provisioning import journal, steps
-from tenantdb.provisioning.steps import STEPS, Work
+from tenantdb.provisioning import steps
+from tenantdb.provisioning.work import Work
 from tests.integration.cluster import Cluster, login
+from tests.procedures import before
 
 pytestmark = pytest.mark.usefixtures("cheap_hashing")
 OpenDB = Callable[..., TenantDB]
@@ -50,25 +51,12 @@ def email(slug: str) -> str:
     return f"{slug}@example.org"
 
 
-@contextmanager
-def before(monkeypatch: pytest.MonkeyPatch, step: str, happens: Callable[[Work], None]) -> Iterator[None]:
-    """Something happens right before a step, for the length of the block."""
-
-    def first(work: Work) -> None:
-        happens(work)
-        dict(STEPS)[step](work)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(journal, "STEPS", tuple((name, first if name == step else fn) for name, fn in STEPS))
-        yield
-
-
 def fail(work: Work) -> None:
     raise OSError("the cable was pulled")
 
 
-def fail_to_provision(monkeypatch: pytest.MonkeyPatch, db: TenantDB, slug: str, **request: Any) -> None:
-    with before(monkeypatch, "migrate", fail), pytest.raises(ProvisioningError):
+def fail_to_provision(db: TenantDB, slug: str, **request: Any) -> None:
+    with before("migrate", fail), pytest.raises(ProvisioningError):
         db.provision(slug, **request)
 
 
@@ -106,9 +94,9 @@ def test_a_stranger_is_told_that_an_active_tenant_exists(db: TenantDB, slug: str
         db.users.authenticate(stranger.email, PASSWORD)  # nothing of his request was kept
 
 
-def test_a_stranger_does_not_get_a_failed_tenant(monkeypatch: pytest.MonkeyPatch, db: TenantDB, slug: str, email: str) -> None:
+def test_a_stranger_does_not_get_a_failed_tenant(db: TenantDB, slug: str, email: str) -> None:
     ann = NewUser(email=email, password=PASSWORD)
-    fail_to_provision(monkeypatch, db, slug, owner=ann)
+    fail_to_provision(db, slug, owner=ann)
     mallory: list[NewUser | User | None] = [
         NewUser(email=email, password="another password"),
         NewUser(email=f"mallory-{email}", password=PASSWORD),
@@ -213,7 +201,7 @@ def test_a_name_that_is_taken_when_it_is_drawn_is_drawn_again(
     monkeypatch: pytest.MonkeyPatch, cluster: Cluster, db: TenantDB, slug: str
 ) -> None:
     taken, draw = steps.draw_name(), steps.draw_name
-    names = [taken, taken]
+    names = [taken, taken]  # as a database's name and as a role's
     strangers_database(cluster, taken)
     monkeypatch.setattr(steps, "draw_name", lambda: names.pop() if names else draw())
 
@@ -223,42 +211,39 @@ def test_a_name_that_is_taken_when_it_is_drawn_is_drawn_again(
     drop_strangers_database(cluster, taken)
 
 
-def test_a_database_that_appears_under_the_reserved_name_is_neither_adopted_nor_dropped(
-    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, db: TenantDB, slug: str
-) -> None:
+def test_a_database_that_appears_under_the_reserved_name_is_neither_adopted_nor_dropped(cluster: Cluster, db: TenantDB, slug: str) -> None:
     taken: list[str] = []
 
     def appears(work: Work) -> None:
         taken.append(str(work.tenant.database))
         strangers_database(cluster, taken[0])
 
-    with before(monkeypatch, "database", appears):
-        tenant = db.provision(slug)
+    with before("database", appears), pytest.raises(ProvisioningError, match=r"must be owner of database|no privileges"):
+        db.provision(slug)
+    assert db.tenants.get(slug).state is TenantState.FAILED
+    db.delete(slug)
+    with pytest.raises(OperationFailed, match="must be owner of database"):
+        db.purge(slug, confirm=slug, immediately=True)
 
-    assert tenant.database not in taken
-    assert tenant.state is TenantState.ACTIVE
     drop_strangers_database(cluster, taken[0])
+    assert db.purge(slug, confirm=slug, immediately=True).state is TenantState.PURGED
 
 
 @pytest.mark.parametrize("which", ["owner_role", "runtime_role"])
-def test_a_role_that_appears_under_the_reserved_name_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, db: TenantDB, slug: str, which: str
-) -> None:
+def test_a_role_that_appears_under_the_reserved_name_is_left_alone(cluster: Cluster, db: TenantDB, slug: str, which: str) -> None:
     reserved: list[Tenant] = []
 
     def appears(work: Work) -> None:
         reserved.append(work.tenant)
         cluster.sql(f"CREATE ROLE {getattr(work.tenant, which)} PASSWORD NULL")
 
-    with before(monkeypatch, "roles", appears):
-        tenant = db.provision(slug)
+    with before("open", appears), pytest.raises(ProvisioningError, match="permission denied to alter role"):
+        db.provision(slug)
 
     taken = getattr(reserved[0], which)
-    assert tenant.state is TenantState.ACTIVE
-    assert tenant.database == reserved[0].database  # the database was made under that name already
-    assert taken not in (tenant.owner_role, tenant.runtime_role)
     assert cluster.sql("SELECT rolpassword, rolcanlogin FROM pg_authid WHERE rolname = %s", [taken]) == [(None, False)]
     cluster.sql(f"DROP ROLE {taken}")
+    assert db.provision(slug).state is TenantState.ACTIVE
 
 
 def test_a_name_that_was_not_drawn_by_us_never_reaches_ddl(monkeypatch: pytest.MonkeyPatch, db: TenantDB, slug: str) -> None:
@@ -402,7 +387,7 @@ def test_a_worker_goes_on_after_an_operation_that_fails(
         if work.tenant.slug == slug:
             raise OSError("the cable was pulled")
 
-    with before(monkeypatch, "migrate", fails_for_the_first):
+    with before("seed", fails_for_the_first):
         assert db.work() == 1
 
     assert [db.tenants.get(name).state for name in (slug, f"{slug}-b")] == [TenantState.FAILED, TenantState.ACTIVE]
@@ -460,7 +445,7 @@ def test_a_registry_that_goes_away_in_the_middle_leaves_an_operation_that_contin
         cluster.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [registry])
 
     try:
-        with before(monkeypatch, "open", goes_away), pytest.raises(ProvisioningError, match="the registry is out of reach"):
+        with before("open", goes_away), pytest.raises(ProvisioningError, match="the registry is out of reach"):
             db.provision(slug)
     finally:
         cluster.sql(f"ALTER DATABASE {registry} ALLOW_CONNECTIONS true")

@@ -60,6 +60,8 @@ def drop_database(work: Work) -> Also | None:
     """DROP DATABASE cannot be undone, nor be interrupted without leaving the database unusable; so it comes when all is decided."""
     if work.tenant.state is not TenantState.PURGING:
         raise PurgeRefused(work.tenant.slug, f"it is {work.tenant.state} by now")
+    if work.tenant.legal_hold is not None:  # the serving login may write a state, and no hold
+        raise PurgeRefused(work.tenant.slug, "there is a legal hold on it")
     if work.record.server is None:
         return None
     workshop = work.workshop()

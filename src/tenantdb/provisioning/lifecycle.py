@@ -12,12 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 from tenantdb.context import current_actor
-from tenantdb.errors import IllegalTransition, OperationFailed, OperationInProgress, PurgeRefused
+from tenantdb.errors import ConfigError, IllegalTransition, OperationFailed, OperationInProgress, PurgeRefused
 from tenantdb.model import Tenant, TenantState
 from tenantdb.provisioning.hooks import Hooks
 from tenantdb.provisioning.procedures import Runner
-from tenantdb.registry.operations import ACTIVATE, FENCE, PROVISION, PURGE, RESTORE, ROTATE, TAKE, OperationState
+from tenantdb.registry.operations import ACTIVATE, CLONE, FENCE, IMPORT, PROVISION, PURGE, RESTORE, ROTATE, TAKE, OperationState
 from tenantdb.registry.tables import utcnow
+from tenantdb.settings import SQLITE
 
 logger = logging.getLogger("tenantdb.provisioning")
 
@@ -61,7 +62,7 @@ class Lifecycle:
             raise IllegalTransition(tenant.slug, str(tenant.state), str(TenantState.ACTIVE))
         if tenant.purge_after is not None and tenant.purge_after <= utcnow():
             raise IllegalTransition(tenant.slug, "deleted, and its retention has ended", str(TenantState.ACTIVE))
-        made = self._registry.operations.for_tenant(tenant.id, kinds=[PROVISION, TAKE])
+        made = self._registry.operations.for_tenant(tenant.id, kinds=[PROVISION, TAKE, IMPORT, CLONE])
         if tenant.database is None or (made is not None and made.state is not OperationState.DONE):
             raise IllegalTransition(tenant.slug, "deleted before it was ever complete", str(TenantState.ACTIVE))
         return self._open(tenant, "restore", RESTORE)
@@ -98,6 +99,9 @@ class Lifecycle:
     def rotate_credentials(self, tenant: Tenant) -> Tenant:
         if tenant.database is None or tenant.state not in _WITH_PASSWORDS:
             raise IllegalTransition(tenant.slug, str(tenant.state), "given new passwords")
+        server = self._registry.tenants.row(tenant.id).server
+        if server is not None and server.backend == SQLITE:
+            raise ConfigError("SQLite has no roles and so no passwords to rotate")
         self._hooks.before("rotate_credentials", tenant)
         with self._registry.admin_write() as connection:
             operation = self._registry.operations.create(connection, ROTATE, tenant.id)

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from tenantdb.errors import CredentialTampered, OperationInProgress, ProvisioningError
 from tenantdb.model import Tenant
-from tenantdb.provisioning import ending, rotation, steps
+from tenantdb.provisioning import ending, importing, rotation, steps
 from tenantdb.provisioning.journal import Procedure, Step, carry_out
 from tenantdb.provisioning.lease import LEASE, dead, worker
 from tenantdb.provisioning.work import Shop, Work
@@ -27,6 +27,13 @@ _MAKE = (
 _ASK = Step("ask", steps.ask, steps.wants_to_be_asked)
 _DRAW = Step("draw", rotation.draw_passwords)
 _CHANGE = Step("change", rotation.change_passwords)
+_FILL = (
+    Step("reserve", steps.reserve),
+    Step("database", importing.create_database),
+    Step("open", steps.open_database),
+    Step("load", importing.load),
+    Step("migrate", steps.migrate, steps.is_behind),
+)
 _FENCE = Step("fence", ending.fence)
 _LIFT = Step("lift", ending.lift)
 
@@ -35,6 +42,8 @@ PROCEDURES: Mapping[str, Procedure] = {
     kinds.TAKE: Procedure((Step("seed", steps.seed_taken), _ASK), end=steps.serve, makes=True),
     kinds.SPARE: Procedure((*_MAKE, Step("seed", steps.seed)), end=steps.offer),
     kinds.REFRESH: Procedure((Step("migrate", steps.migrate, steps.is_behind),), end=steps.offer),
+    kinds.IMPORT: Procedure((*_FILL, _ASK), end=steps.serve, makes=True),
+    kinds.CLONE: Procedure((*_FILL, Step("neutralise", importing.neutralise), _ASK), end=steps.serve, makes=True),
     kinds.FENCE: Procedure((_FENCE,), insists=True),
     kinds.ACTIVATE: Procedure((_LIFT,), end=ending.serve_again, insists=True),
     kinds.RESTORE: Procedure((_LIFT,), end=ending.serve_again, insists=True),
@@ -47,6 +56,8 @@ PROCEDURES: Mapping[str, Procedure] = {
 _ANNOUNCED = {
     kinds.PROVISION: ("provision", "activate"),
     kinds.TAKE: ("provision", "activate"),
+    kinds.IMPORT: ("provision", "activate"),
+    kinds.CLONE: ("provision", "activate"),
     kinds.ACTIVATE: ("activate",),
     kinds.RESTORE: ("restore",),
     kinds.PURGE: ("purge",),

@@ -13,18 +13,14 @@ from datetime import datetime
 
 from pydantic import SecretStr
 
-from tenantdb.errors import ConfigError
 from tenantdb.model import DatabaseRole
 from tenantdb.provisioning.work import Also, Work
 from tenantdb.registry.secrets import password
-from tenantdb.settings import SQLITE
 
 _POLL = 0.1
 
 
 def draw_passwords(work: Work) -> Also | None:
-    if work.server.backend == SQLITE:
-        raise ConfigError("SQLite has no roles and so no passwords to rotate")
     tenant, server = work.tenant, work.server
 
     def sealed(role: DatabaseRole, name: str | None) -> bytes:
@@ -38,9 +34,9 @@ def draw_passwords(work: Work) -> Also | None:
 
 def change_passwords(work: Work) -> Also | None:
     """The server's turn, then at once the registry's. Run again, it sets the same passwords once more."""
+    work.reload()  # with the pending ones
     owner, runtime = (work.registry.passwords(work.record, role)[-1] for role in (DatabaseRole.OWNER, DatabaseRole.RUNTIME))
     work.workshop().set_passwords(work.tenant, SecretStr(owner), SecretStr(runtime))
-
     return lambda connection: work.registry.tenants.promote_secrets(connection, work.tenant)
 
 

@@ -29,6 +29,8 @@ alembic_lock = threading.RLock()
 """Held around every Alembic command in this process: its ``op`` and ``context`` are process-global."""
 
 _KEY_CHECK = b"tenantdb"
+_OWNER_SECRETS = ("owner_secret", "owner_secret_pending")
+_RUNTIME_SECRETS = ("runtime_secret", "runtime_secret_pending")
 KEY_CHECK_PLACE = ("registry", "key_check")
 _OWNS = text("SELECT pg_has_role(:role, relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(:table)")
 _LOCK = text(f"LOCK TABLE {tables.VERSION_TABLE} IN EXCLUSIVE MODE")
@@ -112,11 +114,11 @@ def open_doors(connection: Connection, role: str) -> list[str]:
         for right in ("UPDATE", "DELETE", "TRUNCATE")
         if connection.scalar(allowed, {"table": audit, "right": right})
     ]
-    if connection.scalar(column, {"table": tenants, "column": "owner_secret", "right": "SELECT"}):
+    if any(connection.scalar(column, {"table": tenants, "column": name, "right": "SELECT"}) for name in _OWNER_SECRETS):
         findings.append(f"the registry login {role!r} may read the tenants' owner secrets")
     findings.extend(
         f"the registry login {role!r} may write {name} of tenants"
-        for name in ("server_id", "database", "owner_role", "runtime_role", "owner_secret", "runtime_secret")
+        for name in ("server_id", "database", "owner_role", "runtime_role", *_OWNER_SECRETS, *_RUNTIME_SECRETS, "legal_hold")
         if connection.scalar(column, {"table": tenants, "column": name, "right": "UPDATE"})
     )
     return findings

@@ -263,14 +263,14 @@ VERSION_TABLE = "tenantdb_alembic_version"
 
 _TENANT_LIFE = (
     "slug name email phone country state plan subscription subscription_expires_at metadata version generation reason updated_at deleted_at"
-    " fence ready_at purge_after"
+    " fence ready_at purge_after created_at"
 ).split()
 _JOURNAL = "state step started attempt worker lease_until error updated_at".split()
 
 APP_COLUMNS: dict[Table, dict[str, list[str]]] = {
     tenants: {
         "SELECT": [column.name for column in tenants.columns if column.name not in ("owner_secret", "owner_secret_pending")],
-        "INSERT": ["id", "created_at", *_TENANT_LIFE],
+        "INSERT": ["id", *_TENANT_LIFE],
         "UPDATE": _TENANT_LIFE,
     },
     audit: {"SELECT": [], "INSERT": [column.name for column in audit.columns if column.name != "id"]},

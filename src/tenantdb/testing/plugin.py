@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 from tenantdb.database import TenantDB
 from tenantdb.model import Tenant, TenantState
 from tenantdb.registry.secrets import generate_key
-from tenantdb.settings import SQLITE, ConnectionURL, Settings
+from tenantdb.settings import ConnectionURL, Settings
 
 _PLACE = frozenset({"url", "registry_admin", "server", "servers", "secret_keys", "hardening"})
 """What says where an application's databases are: never taken over from the application, whose own databases tests must not touch."""
@@ -72,6 +72,7 @@ def tenant_db(
             yield db
         finally:
             _discard(db, db.tenants.list())
+            _discard_what_was_made_ahead(db)
 
 
 @pytest.fixture
@@ -178,18 +179,37 @@ def _login(url: ConnectionURL, settings: Settings) -> Any:
 
 
 def _discard(db: TenantDB, tenants: list[Tenant]) -> None:
-    """Suspend tenants, so that nobody connects any more, and drop their databases and roles. Their rows stay and tell what there was."""
-    for tenant in tenants:
-        if tenant.state is TenantState.ACTIVE:
-            db.suspend(tenant)
-    [url] = db.settings.provisioners.values()
-    if url.backend == SQLITE:
-        return  # pytest removes the folder
-    from psycopg import sql
-
-    with _login(url, db.settings) as connection:
+    """Purge tenants in whatever state a test has left them, without the application's hooks: what they forbid must go too."""
+    with _without_hooks(db):
         for tenant in tenants:
-            if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [tenant.database]).fetchone():
-                connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(str(tenant.database))))
-                for role in (tenant.owner_role, tenant.runtime_role):
-                    connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(str(role))))
+            if tenant.state is TenantState.PROVISIONING:
+                db.work()
+                tenant = db.tenants.get(tenant.id)
+            if tenant.legal_hold is not None:
+                db.release(tenant.id)
+            if tenant.state not in {TenantState.DELETED, TenantState.PURGING, TenantState.PURGED}:
+                tenant = db.delete(tenant.id)
+            if tenant.state is not TenantState.PURGED:
+                db.purge(tenant.id, confirm=str(tenant.id), immediately=True)
+
+
+def _discard_what_was_made_ahead(db: TenantDB) -> None:
+    """Spares and golden databases."""
+    with _without_hooks(db):
+        db.spares.drain()
+        golden, shop = db._runner.shop.golden, db._runner.shop
+        for server in db.servers.list():
+            for template in db._registry.templates.list(server):
+                db._registry.templates.retire(template)
+            with shop.workshop(server) as workshop:
+                golden.drop_retired(server, workshop)
+
+
+@contextmanager
+def _without_hooks(db: TenantDB) -> Iterator[None]:
+    hooks = db._hooks
+    kept, hooks._hooks = hooks._hooks, {event: [] for event in hooks._hooks}
+    try:
+        yield
+    finally:
+        hooks._hooks = kept

@@ -30,7 +30,10 @@ _CHUNK = 1 << 20
 _REQUIRES_AUTH = 16  # the first libpq that can insist on SCRAM
 _OURS = "tenantdb"  # the schema with the identity stamp and the audit log: the provisioner's
 _REFUSED = "password authentication failed"
-_LEFT_OUT = ("--no-owner", "--no-acl", "--no-password", "--no-publications", "--no-subscriptions", "--no-security-labels", "--no-tablespaces")
+_LEFT_OUT = (
+    "--no-password",  # never ask for one
+    *(f"--no-{what}" for what in ("owner", "acl", "publications", "subscriptions", "security-labels", "tablespaces")),
+)
 _SERVER_SAID, _PROGRAM_SAID = re.compile(r"(?:ERROR|FATAL):\s+(.+)"), re.compile(r"pg_(?:dump|restore): error: (.+)")
 _ENTRY = re.compile(r"from TOC entry \d+; \d+ \d+ ([A-Z ]+) (\S+ \S+)")
 # What the server says may quote a row, so only what names objects alone is repeated.
@@ -50,6 +53,7 @@ JOIN pg_class c ON c.oid = d.refobjid JOIN pg_attribute a ON a.attrelid = c.oid 
 WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
   AND pg_get_userbyid(s.relowner) = current_user AND q.seqincrement > 0
 """
+_ADVANCE = "SELECT setval({}::regclass, m.v) FROM (SELECT max({}) AS v FROM {}) AS m WHERE m.v > (SELECT last_value FROM {})"
 
 
 class PostgreSQLCarrier:
@@ -94,9 +98,8 @@ class PostgreSQLCarrier:
 
     def settle(self, connection: Connection) -> None:
         for sequence, table, column in connection.exec_driver_sql(_SEQUENCES).all():
-            query = sql.SQL("SELECT setval({}::regclass, m.v) FROM (SELECT max({}) AS v FROM {}) AS m WHERE m.v > (SELECT last_value FROM {})")
             parts = sql.Literal(sequence), sql.Identifier(column), sql.SQL(table), sql.SQL(sequence)
-            connection.exec_driver_sql(query.format(*parts).as_string(None).replace("%", "%%"))
+            connection.exec_driver_sql(sql.SQL(_ADVANCE).format(*parts).as_string(None).replace("%", "%%"))
 
     # -- running a program -------------------------------------------------------------------------------------------------------------
 

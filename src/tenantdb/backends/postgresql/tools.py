@@ -1,7 +1,7 @@
 """PostgreSQL's own programs: which of them are here, and which will do.
 
-Only ``pg_dump`` and ``pg_restore``, never ``psql``: it executes commands of its own that a dump may hold (CVE-2025-8714). Of those that will
-do the oldest is taken, because ``pg_restore`` sends settings of its own version, which an older server does not know.
+Only ``pg_dump`` and ``pg_restore``, never ``psql``: it executes commands of its own that a dump may hold (CVE-2025-8714). Of those that
+will do the oldest is taken, because ``pg_restore`` sends settings of its own version, which an older server does not know.
 """
 
 from __future__ import annotations

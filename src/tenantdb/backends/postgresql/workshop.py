@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -107,12 +109,18 @@ class PostgreSQLWorkshop:
         return database_findings(self._in(tenant.database), tenant, self._server, self._settings, cloned=cloned)
 
     def hold(self, name: str) -> FoundDatabase | None:
+        """A session that was closed a moment ago, such as that of the attempt before, may hold it a moment longer; so this has patience."""
         self._outside()
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
         query = "SELECT pg_try_advisory_lock(%s), (SELECT datconnlimit FROM pg_database WHERE datname = %s)"
-        locked, limit = self._connection.execute(query, [key, name]).fetchone() or (False, None)
-        if not locked:
-            raise OperationInProgress(name)
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            locked, limit = self._connection.execute(query, [key, name]).fetchone() or (False, None)
+            if locked:
+                break
+            if time.monotonic() > deadline:
+                raise OperationInProgress(name)
+            threading.Event().wait(_LOCK_POLL)
         return None if limit is None else FoundDatabase(name, invalid=limit == _INVALID)
 
     # -- a tenant comes to be ----------------------------------------------------------------------------------------------------------
