@@ -51,14 +51,15 @@ def embedded_world(server_settings: Mapping[str, str] | None = None, *, fsync: b
         with psycopg.connect(server.url(), autocommit=True) as connection:
             connection.execute("CREATE ROLE central LOGIN PASSWORD 'central'")
             connection.execute("CREATE DATABASE central OWNER central")
+        drawn = password()
         arguments = {
             "url": server.url("central", "central", "central"),
-            "server": server.url("provisioner", "provisioner"),
+            "server": server.url("provisioner", drawn),
             "secret_keys": [generate_key()],
         }
         world = World(server, {**arguments, **overrides})
         with world.open() as db:
-            bootstrap(ConnectionURL.parse(server.url()), "provisioner", "provisioner", db.settings)
+            bootstrap(ConnectionURL.parse(server.url()), "provisioner", drawn, db.settings, iterations=db.settings.scram_iterations)
             db.init()
         yield world
 
@@ -144,7 +145,7 @@ def _clone(world: World, db: TenantDB, model: Tenant, slug: str) -> None:
                     granted=sql.Identifier(model.runtime_role or ""),
                     database=sql.Identifier(database),
                     model=sql.Identifier(model.database or ""),
-                    verifier=sql.Literal(scram.verifier(secret)),
+                    verifier=sql.Literal(scram.verifier(secret, iterations=db.settings.scram_iterations)),
                 )
             )
     with psycopg.connect(world.server.url(database=database)) as inside:

@@ -38,6 +38,17 @@ def changed(kind: str, step: str, change: Callable[[Run], Run]) -> Iterator[None
         yield
 
 
+def meanwhile(owner: type, method: str, happens: Callable[..., Any]) -> Any:
+    """Something happens inside a step: right before a method is called, with what it is called with."""
+    called = getattr(owner, method)
+
+    def first(*arguments: Any, **named: Any) -> Any:
+        happens(*arguments)
+        return called(*arguments, **named)
+
+    return patch.object(owner, method, first)
+
+
 def before(step: str, happens: Happens, *, kind: str = PROVISION) -> Any:
     """Something happens right before a step."""
 

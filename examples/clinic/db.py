@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from examples.clinic.models import Category, ConsentTemplate
+from examples.clinic.models import Category, ConsentTemplate, Patient, Practitioner
 from tenantdb import AsyncTenantDB, Tenant, TenantDB
 
 db = TenantDB.from_env(
@@ -30,3 +30,11 @@ def first_rows(session: Session, tenant: Tenant) -> None:
     session.add_all(Category(name=name) for name in CATEGORIES if name not in categories)
     templates = set(session.scalars(select(ConsentTemplate.title)))
     session.add_all(ConsentTemplate(title=title, body=body) for title, body in CONSENT_TEMPLATES.items() if title not in templates)
+
+
+@db.neutralise
+def reach_nobody(session: Session, tenant: Tenant) -> None:
+    """A copy of a clinic, for staging, must write to nobody: no address is left in it, and no code that was sent serves there."""
+    void = {"email_verified_at": None, "email_code_hash": None, "email_code_expires_at": None}
+    session.execute(update(Patient).values(email=None, phone=None, **void))
+    session.execute(update(Practitioner).values(email=None))

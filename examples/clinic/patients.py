@@ -10,9 +10,10 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from examples.clinic.models import Patient, now
+from examples.clinic.models import Appointment, Consent, Document, MedicalRecord, Patient, now
 from examples.clinic.problems import Conflict, Invalid
 from examples.clinic.store import Store
 
@@ -21,6 +22,10 @@ CODE_LIFETIME = timedelta(hours=24)
 
 def _hash(code: str) -> str:
     return hashlib.sha256(code.encode()).hexdigest()
+
+
+# What belongs to a patient, in the order in which it can be removed. Items go with their appointment or document.
+OF_A_PATIENT = {"medical_records": MedicalRecord, "consents": Consent, "documents": Document, "appointments": Appointment}
 
 
 class PatientStore(Store[Patient]):
@@ -51,6 +56,28 @@ class PatientStore(Store[Patient]):
         patient.email_code_hash = patient.email_code_expires_at = None
         self.flush(session)
         return patient
+
+    def everything(self, session: Session, patient_id: UUID) -> dict[str, Any]:
+        """The patient and all rows about them, deleted ones too. Raises: `NotFound`."""
+        patient = self._one(session, select(Patient), patient_id, lock=False)
+        rows = {
+            name: session.scalars(select(model).where(model.patient_id == patient_id).order_by(model.created_at, model.id)).all()
+            for name, model in OF_A_PATIENT.items()
+        }
+        return {"patient": patient, **rows}
+
+    def erase(self, session: Session, patient_id: UUID) -> None:
+        """Remove the patient and all rows about them, deleted before or not. Invoices must be kept for years, and keep the patient.
+
+        Raises: `NotFound`, `Conflict`.
+        """
+        self._one(session, select(Patient), patient_id, lock=True)
+        invoices = select(Document.id).where(Document.patient_id == patient_id, Document.kind == "invoice").limit(1)
+        if session.scalar(invoices) is not None:
+            raise Conflict("this patient has invoices, which the law wants kept; delete the patient instead")
+        for model in OF_A_PATIENT.values():
+            session.execute(delete(model).where(model.patient_id == patient_id))
+        session.execute(delete(Patient).where(Patient.id == patient_id))
 
 
 patients = PatientStore(

@@ -10,16 +10,17 @@ from fastapi import Depends
 from tenantdb import MemberRole
 from tenantdb.fastapi import require_role
 
-Action = Literal["read", "create", "update", "delete", "restore"]
+Action = Literal["read", "create", "update", "delete", "restore", "export", "erase"]
 
 READ: frozenset[Action] = frozenset({"read"})
 WRITE: frozenset[Action] = READ | {"create", "update"}
 ALL: frozenset[Action] = WRITE | {"delete", "restore"}
+PRIVACY: frozenset[Action] = frozenset({"export", "erase"})  # what a person may ask for, of whom the rows are
 
 _ROLES = (MemberRole.OWNER, MemberRole.ADMIN, MemberRole.USER, MemberRole.READONLY)
 _TABLE: Mapping[str, tuple[frozenset[Action], ...]] = {
     # resource          owner, admin, user, readonly
-    "patients": (ALL, ALL, WRITE, READ),
+    "patients": (ALL | PRIVACY, ALL | PRIVACY, WRITE, READ),
     "practitioners": (ALL, ALL, READ, READ),
     "appointments": (ALL, ALL, ALL, READ),
     "medical-records": (ALL, ALL, WRITE, READ),

@@ -488,6 +488,16 @@ CONSENT = Shapes(ConsentCreate, ConsentUpdate, ConsentOut, ConsentListing)
 MEDICAL_RECORD = Shapes(MedicalRecordCreate, changes(MedicalRecordCreate), MedicalRecordOut, MedicalRecordListing)
 
 
+class PatientFile(Output):
+    """All that the clinic keeps about a patient."""
+
+    patient: PatientOut
+    appointments: list[AppointmentOut]
+    documents: list[DocumentOut]
+    consents: list[ConsentOut]
+    medical_records: list[MedicalRecordOut]
+
+
 # -- signing up and in -----------------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ _THREADS = 8
 class AsyncTenantDB:
     """A view of a `TenantDB` (`sync_db`): same registry, same settings, same names, awaited.
 
-    ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens`` and ``audit`` have the methods of the synchronous ones,
+    ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens``, ``spares`` and ``audit`` have the methods of the synchronous ones,
     awaited, in a worker thread; ``audit.record`` alone runs in the event loop, in the session that it is given.
     """
 
@@ -58,6 +58,8 @@ class AsyncTenantDB:
         self.delete = _awaited(db.delete, self._work)
         self.restore = _awaited(db.restore, self._work)
         self.purge = _awaited(db.purge, self._work)
+        self.adopt = _awaited(db.adopt, self._work)
+        self.give_back = _awaited(db.give_back, self._work)
         self.hold = _awaited(db.hold, self._manage)
         self.release = _awaited(db.release, self._manage)
         self.rotate_credentials = _awaited(db.rotate_credentials, self._work)
@@ -74,6 +76,11 @@ class AsyncTenantDB:
         self.doctor = _awaited(db.doctor, self._work)
         self.rotate_keys = _awaited(db.rotate_keys, self._work)
         self.keys_in_use = _awaited(db.keys_in_use, self._work)
+
+    @functools.cached_property
+    def spares(self) -> Any:
+        """See `TenantDB.spares`; its methods are awaited."""
+        return _Awaited(self.sync_db.spares, self._work.run)
 
     def __repr__(self) -> str:
         return f"Async{self.sync_db!r}"

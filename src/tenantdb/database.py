@@ -31,6 +31,7 @@ from tenantdb.settings import Settings
 if TYPE_CHECKING:
     from tenantdb.events import Event
     from tenantdb.migrations.tenants import TenantMigrations
+    from tenantdb.provisioning.adoption import Adoption
     from tenantdb.provisioning.archive import Export
     from tenantdb.provisioning.check import Finding
     from tenantdb.provisioning.doctor import DoctorFinding
@@ -278,6 +279,64 @@ class TenantDB:
         """
         return self._lifecycle.purge(self.tenants.get(tenant), confirm=confirm, immediately=immediately)
 
+    def adopt(
+        self,
+        slug: str,
+        *,
+        database: str,
+        owner_url: str | URL | None = None,
+        server: str | None = None,
+        revision: str | None = None,
+        name: str | None = None,
+        owner: User | UUID | NewUser | None = None,
+        email: str | None = None,
+        phone: str | None = None,
+        country: str | None = None,
+        plan: str | None = None,
+        subscription: Subscription | str = Subscription.TRIAL,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Tenant:
+        """Make a tenant of a database that somebody else made, with all that is in it. It keeps its name; what is in it gets the tenant's
+        own roles, and whoever used it till now is shut out and his sessions end, so stop serving it first. It is not migrated: `migrations`
+        does that. On SQLite ``database`` is a file, which is copied.
+
+        ``owner_url``: a login that owns the database, or a superuser's, which does more by itself; used in this call, kept nowhere. Without
+        an ``alembic_version`` in it ``revision`` says where its schema is, and is stamped. The rest is as in `provision`.
+
+        Everything that speaks against it is told before anything is changed, and it changes hands in one transaction. After an error or a
+        crash the same call continues, and once it has changed hands `resume` too. `give_back` is the way back. Raises: `AdoptRefused`,
+        `TenantExists`, `InvalidSlug`; `ConfigError` in a process without a provisioner, and where ``server`` must be named;
+        `ServerUnavailable`; `ProvisioningError`, after which the tenant is ``failed``.
+        """
+        return self._adoption.adopt(
+            slug,
+            database=database,
+            owner_url=owner_url,
+            server=server,
+            revision=revision,
+            owner=owner,
+            name=name,
+            email=email,
+            phone=phone,
+            country=country,
+            plan=plan,
+            subscription=subscription,
+            metadata=metadata,
+        )
+
+    def give_back(self, tenant: TenantKey, *, confirm: str, owner_url: str | URL | None = None) -> Tenant:
+        """Give the database of an adopted tenant, which is deleted, back to the role that owned it, with all rows and tables of today, and
+        forget the tenant. ``confirm`` is its slug once more. On SQLite the file is copied to NAME.given-back beside the one that was
+        adopted.
+
+        What is tenantdb's own in it goes: its roles, and the schema ``tenantdb`` with the audit log of the tenant's records, so export that
+        first. PUBLIC has again what it had. ``owner_url`` is a superuser's login where a superuser's was given to `adopt`. What is left is
+        a tombstone with a certificate. After a crash the same call continues.
+
+        Raises: `AdoptRefused`, also under a legal hold; `IllegalTransition` where it is not deleted; `TenantNotFound`, `OperationFailed`.
+        """
+        return self._adoption.give_back(self.tenants.get(tenant), confirm=confirm, owner_url=owner_url)
+
     def hold(self, tenant: TenantKey, reason: str) -> Tenant:
         """Put a legal hold on a tenant: it cannot be purged until `release`. For the login that owns the registry."""
         return self.tenants.hold(self.tenants.get(tenant), reason)
@@ -444,8 +503,11 @@ class TenantDB:
     def seed(self, fn: F | None = None, *, static: bool = False) -> F | Callable[[F], F]:
         """Register ``fn(session, tenant)``, which writes first rows as the runtime role; all seeds share one transaction.
 
-        ``@db.seed(static=True)``: ``fn(session)``, for rows that are the same for every tenant; a spare has them already. It may run
-        again, also after it was committed: when the process dies before the journal says so.
+        ``@db.seed(static=True)``: ``fn(session)``, for rows that are the same for every tenant. With migrations it writes them into the
+        golden database, as the role that owns the schema there, and every tenant is made with a copy; it must depend on nothing but its
+        own code, by whose change another golden database is built.
+
+        A seed may run again, also after it was committed: when the process dies before the journal says so.
         """
         if fn is None:
             return functools.partial(self._hooks.seed, static=static)
@@ -522,7 +584,7 @@ class TenantDB:
         from tenantdb.provisioning.procedures import Runner
         from tenantdb.provisioning.work import Shop
 
-        golden = Golden(self._registry, self.settings)
+        golden = Golden(self._registry, self.settings, self._hooks, self.session_class)
         return Runner(Shop(self._registry, self.settings, self._engines, self._hooks, golden, self.session_class))
 
     @functools.cached_property
@@ -542,6 +604,12 @@ class TenantDB:
         from tenantdb.provisioning.transfer import Transfer
 
         return Transfer(self._runner)
+
+    @functools.cached_property
+    def _adoption(self) -> Adoption:
+        from tenantdb.provisioning.adoption import Adoption
+
+        return Adoption(self._runner)
 
     @functools.cached_property
     def _worker(self) -> Worker:

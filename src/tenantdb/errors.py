@@ -325,6 +325,21 @@ class PurgeRefused(TenantError):
         return f"tenant {self.tenant!r} is not purged: {self.problem}"
 
 
+class AdoptRefused(TenantError):
+    """A database that somebody else made does not become a tenant, or does not go back. Nothing was changed in it. Facts: ``problems``,
+    all of them; ``verb``, what was wanted."""
+
+    code = "adopt-refused"
+    http_status = 409
+
+    def __init__(self, tenant: str, problems: Sequence[str], verb: str = "adopted") -> None:
+        TenantDBError.__init__(self, tenant, tuple(problems), verb)
+        self.tenant, self.problems, self.verb = tenant, tuple(problems), verb
+
+    def explain(self) -> str:
+        return f"tenant {self.tenant!r} is not {self.verb}: {'; '.join(self.problems)}"
+
+
 class ExportError(TenantError):
     """A tenant's data was not exported, and no file was left. Facts: ``tenant``, ``problem``."""
 

@@ -20,7 +20,7 @@ from tests.conformance.app import MARKER
 COLOURS = ("sync", "async")
 WAYS = ("session", "begin", "connect", "engine")
 """Every way to a tenant's rows."""
-COLLECTIONS = ("tenants", "servers", "users", "memberships", "refresh_tokens", "audit")
+COLLECTIONS = ("tenants", "servers", "users", "memberships", "refresh_tokens", "audit", "spares")
 
 
 class Awaited:

@@ -47,9 +47,9 @@ class Estate:
         """A tenant as if new, for making one takes half a second. What is spoilt beyond notes and state is the borrower's to mend."""
         tenant = self._unused.pop() if self._unused else self.tenant()
         yield self.db.tenants.get(tenant.id)
+        self.mend(tenant)
         with self.world.inside(tenant, self.db) as connection:
             connection.execute(delete(notes))
-        self.mend(tenant)
         self._unused.append(tenant)
 
     def mend(self, tenant: Tenant) -> None:

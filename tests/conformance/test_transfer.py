@@ -9,9 +9,11 @@ import json
 import os
 import secrets
 import shutil
+import sqlite3
 import stat
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -268,6 +270,24 @@ def test_data_that_is_no_database_makes_no_tenant_even_where_the_hashes_fit(
         db.import_(slug, path)
 
     assert (caught.value.step, type(caught.value.__cause__)) == ("load", errors.ImportRefused)
+    assert kept(slug).state is TenantState.FAILED
+
+
+@pytest.mark.parametrize("planted", ["TABLE tenantdb_identity (tenant_id, stamped_at)", "VIEW TENANTDB_identity AS SELECT 1"])
+def test_a_file_of_sqlite_brings_no_identity_stamp_of_its_own(
+    estate: Estate, db: TenantDB, exported: Export, kept: Callable[[str], Tenant], slug: str, tmp_path: Path, planted: str
+) -> None:
+    if estate.backend != "sqlite":
+        pytest.skip("tests/integration/test_hostile_dump.py has those of PostgreSQL")
+    (tmp_path / "data").write_bytes(members(exported.path)["data.sqlite3"])
+    with closing(sqlite3.connect(tmp_path / "data")) as connection:
+        connection.execute(f"CREATE {planted}")
+    data = (tmp_path / "data").read_bytes()
+    path = rewritten(Path(exported.path), lambda content: resealed(content, "data.sqlite3", data))
+
+    with pytest.raises(errors.ProvisioningError, match="own"):
+        db.import_(slug, path)
+
     assert kept(slug).state is TenantState.FAILED
 
 

@@ -20,8 +20,11 @@ ELSEWHERE = {
     "howto/tests.md",
     "howto/workers.md",
     "howto/rotate-keys.md",
+    "howto/rotate-passwords.md",
+    "howto/spares.md",
+    "howto/adopt.md",
 }  # followed by a test of their own
-IN_THE_SHOP = ["howto/alembic.md", "howto/scripts.md", "howto/logging.md", "howto/audit.md"]
+IN_THE_SHOP = ["howto/alembic.md", "howto/scripts.md", "howto/logging.md", "howto/audit.md", "howto/lifecycle.md", "howto/export-and-clone.md"]
 
 
 @pytest.mark.parametrize("page", IN_THE_SHOP)
@@ -44,8 +47,11 @@ def test_the_fixtures_test_the_shop_on_sqlite_and_on_postgresql(shop: Reader) ->
     shop.follow("howto/tests.md")
 
 
+@pytest.mark.parametrize("page", ["howto/workers.md", "howto/spares.md"])
 @pytest.mark.timeout(300)
-def test_workers_carry_out_what_a_web_process_left(shop: Reader, postgresql_world: PostgreSQLWorld) -> None:
+def test_a_web_process_and_a_worker_do_together_what_neither_may_alone(
+    page: str, shop: Reader, postgresql_world: PostgreSQLWorld
+) -> None:
     settings = postgresql_world._new_registry()
     runtime_keys = Keyring(settings["secret_keys"]).derive("runtime")
     web = {"TENANTDB_URL": settings["url"], "TENANTDB_SECRET_KEYS": " ".join(runtime_keys)}
@@ -61,11 +67,12 @@ def test_workers_carry_out_what_a_web_process_left(shop: Reader, postgresql_worl
         del shop.environment[name]
     shop.environment |= web
 
-    shop.follow("howto/workers.md")
+    shop.follow(page)
 
 
+@pytest.mark.parametrize("page", ["howto/rotate-keys.md", "howto/rotate-passwords.md"])
 @pytest.mark.timeout(300)
-def test_keys_are_rotated_as_the_page_says(tmp_path: Path, postgresql_world: PostgreSQLWorld) -> None:
+def test_keys_and_passwords_are_rotated_as_the_pages_say(page: str, tmp_path: Path, postgresql_world: PostgreSQLWorld) -> None:
     settings = postgresql_world._new_registry()
     exports = {
         "TENANTDB_URL": settings["url"],
@@ -76,7 +83,28 @@ def test_keys_are_rotated_as_the_page_says(tmp_path: Path, postgresql_world: Pos
     with Reader(tmp_path, exports) as reader:
         reader.run("tenantdb init; tenantdb provision acme")
 
-        reader.follow("howto/rotate-keys.md")
+        reader.follow(page)
+
+
+@pytest.mark.timeout(300)
+def test_a_database_of_a_map_is_adopted_and_given_back(tmp_path: Path, postgresql_world: PostgreSQLWorld) -> None:
+    settings = postgresql_world._new_registry()
+    exports = {
+        "TENANTDB_URL": settings["url"],
+        "TENANTDB_REGISTRY_ADMIN": settings["registry_admin"],
+        "TENANTDB_SERVER": settings["server"],
+        "TENANTDB_SECRET_KEYS": settings["secret_keys"][0],
+        "TENANTDB_ADOPT_URL": postgresql_world.superuser_url,
+    }
+    postgresql_world.superuser.execute("CREATE ROLE clinics LOGIN")
+    for name in ("clinic_north", "clinic_south"):
+        postgresql_world.superuser.execute(f"CREATE DATABASE {name} OWNER clinics".encode())
+        with psycopg.connect(postgresql_world.server.url(database=name), autocommit=True) as inside:
+            inside.execute("SET ROLE clinics; CREATE TABLE patients (name text); INSERT INTO patients VALUES ('Ada'), ('Bob')")
+    with Reader(tmp_path, exports, {}, postgresql_world.superuser.execute) as reader:
+        reader.run("tenantdb init")
+
+        reader.follow("howto/adopt.md")
 
 
 @pytest.mark.timeout(300)

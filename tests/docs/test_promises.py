@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import get_args
 
 import click
@@ -15,7 +16,8 @@ from tenantdb.backends.postgresql.wire import reset_message
 from tenantdb.cli.group import cli
 from tenantdb.connections.ledger import UnitState, Work
 from tenantdb.errors import TenantDBError, all_errors
-from tenantdb.model import TRANSITIONS
+from tenantdb.model import TRANSITIONS, TenantState
+from tenantdb.provisioning.ending import _LEVELS
 from tenantdb.provisioning.hooks import EVENTS
 from tenantdb.provisioning.procedures import PROCEDURES
 from tenantdb.registry.operations import PROVISION
@@ -103,11 +105,40 @@ def test_error_codes_are_unique_so_that_an_anchor_leads_to_one_error() -> None:
 # -- drawings and lists ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_drawing_of_the_lifecycle_is_the_table_of_transitions() -> None:
-    drawing = next(block.text for block in blocks("explanation/architecture.md") if "stateDiagram" in block.text)
-    drawn = set(re.findall(r"^\s*(\w+) --> (\w+)", drawing, re.MULTILINE))
+def drawing_of_the_lifecycle() -> str:
+    """What the page must show; where the test fails, paste it."""
+    lines = [f"    {here} --> {there}" for here in TenantState for there in TenantState if there in TRANSITIONS[here]]
+    return "\n".join(["stateDiagram-v2", *lines, ""])
 
-    assert drawn == {(str(here), str(there)) for here, wanted in TRANSITIONS.items() for there in wanted}
+
+def test_the_drawing_of_the_lifecycle_is_the_table_of_transitions() -> None:
+    (drawing,) = [block.text for page in pages() for block in blocks(page) if "spare --> " in block.text]
+
+    assert drawing == drawing_of_the_lifecycle()
+
+
+def test_every_state_says_what_it_means_for_requests_the_server_and_migrations() -> None:
+    explained = [row[0].strip("`") for row in rows("explanation/lifecycle.md", columns=4)]
+
+    assert sorted(explained) == sorted(map(str, TenantState))
+    fenced = {row[0].strip("`") for row in rows("explanation/lifecycle.md", columns=4) if re.search("NOLOGIN|the same", row[2])}
+    assert fenced == {str(state) for state in _LEVELS}
+
+
+def test_every_legal_change_of_state_that_a_verb_makes_has_its_row() -> None:
+    """Those that the library makes by itself are of spares, and of what is being made or erased."""
+    by_verb = {
+        (here, there)
+        for _, before, after in (row for row in rows("explanation/lifecycle.md", columns=3) if row[0] != "`provision`")
+        for here in re.findall(r"`(\w+)`", before)
+        for there in re.findall(r"`(\w+)`", after)[:1]
+        if here in TenantState.__members__.values()
+    }
+    own = {TenantState.SPARE, TenantState.PROVISIONING, TenantState.PURGING}
+
+    assert by_verb == {
+        (here, there) for here, wanted in TRANSITIONS.items() for there in wanted if here not in own and there != TenantState.PROVISIONING
+    }
 
 
 def test_the_drawing_of_a_units_states_has_them_all() -> None:
@@ -149,8 +180,24 @@ def test_the_steps_of_provisioning_are_named_in_order() -> None:
     assert ", ".join(f"`{name}`" for name in steps) in prose("howto/workers.md")
 
 
+def test_every_operation_of_the_journal_is_listed_with_its_steps_in_order() -> None:
+    listed = {row[0].strip("`"): row[1] for row in rows("explanation/lifecycle.md", columns=2)}
+
+    assert listed == {kind: ", ".join(f"`{step.name}`" for step in procedure.steps) for kind, procedure in PROCEDURES.items()}
+
+
+def test_what_is_tried_again_by_itself_and_what_is_not_is_said() -> None:
+    page = prose("explanation/lifecycle.md")
+
+    def named(kinds: Iterable[str]) -> str:
+        return "(" + ", ".join(f"`{kind}`" for kind in kinds) + ")"
+
+    assert f"What makes a tenant {named(kind for kind, each in PROCEDURES.items() if each.makes)}" in page
+    assert f"What must come true {named(kind for kind, each in PROCEDURES.items() if each.insists)}" in page
+
+
 def test_the_events_of_hooks_are_named() -> None:
-    verbs = sorted({event.split("_")[1] for event in EVENTS})
+    verbs = sorted({event.split("_", 1)[1] for event in EVENTS})
 
     assert set(EVENTS) == {f"{when}_{verb}" for when in ("before", "after") for verb in verbs}
     assert all(f"`{verb}`" in text("howto/workers.md") for verb in verbs)

@@ -220,6 +220,7 @@ HARMLESS = [
     Planted("role-attributes", "ALTER ROLE {runtime} CREATEROLE CREATEDB", name="createrole"),
     Planted("public-schema", "GRANT USAGE ON SCHEMA public TO PUBLIC", INSIDE, name="public"),
     Planted("public-schema", "GRANT CREATE ON SCHEMA tenantdb TO PUBLIC", INSIDE, name="tenantdb"),
+    Planted("record-log-missing", "DROP TABLE tenantdb.audit, tenantdb.audit_head", INSIDE),
     Planted("public-functions", "GRANT EXECUTE ON FUNCTION loud TO PUBLIC", INSIDE),
     Planted("default-public", "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT EXECUTE ON FUNCTIONS TO PUBLIC", INSIDE, name="functions"),
     Planted("default-public", "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT USAGE ON TYPES TO PUBLIC", INSIDE, name="types"),

@@ -144,7 +144,7 @@ def role_that_cannot_be_made(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         world.cluster.sql("ALTER ROLE tenantdb_prov NOCREATEROLE")
 
     try:
-        with before("open", lose_the_right):
+        with before("database", lose_the_right):
             world.db.provision("no-role")
     finally:
         world.cluster.sql("ALTER ROLE tenantdb_prov CREATEROLE")

@@ -61,6 +61,7 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.ImportRefused: ("its hash is another",),
     errors.ToolNotFound: ("pg_dump", 18, "there is none"),
     errors.OperationFailed: ("acme", "purge", "database", "it raised"),
+    errors.AdoptRefused: ("old", ("it has no schema public",), "given back"),
     errors.PurgeRefused: ("acme", "there is a legal hold on it"),
     errors.OperationInProgress: ("acme",),
     errors.NoServerAvailable: ("eu-1",),

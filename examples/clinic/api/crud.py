@@ -3,23 +3,32 @@
 Without `from __future__ import annotations`: FastAPI must see the classes that the annotations name, and they are arguments here.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Response
+from sqlalchemy.orm import Session
 
 from examples.clinic.api.depends import Registry
-from examples.clinic.roles import may
+from examples.clinic.roles import allowed, may
 from examples.clinic.schemas import Page, Shapes
 from examples.clinic.store import Store
-from tenantdb.fastapi import AsyncTenantSession, AsyncTenantTransaction
+from tenantdb.fastapi import AsyncTenantSession, AsyncTenantTransaction, CurrentIdentity, require_role
 
 
-def crud_router(name: str, store: Store[Any], shapes: Shapes, *, audited: str | None = None) -> APIRouter:
+def crud_router(
+    name: str,
+    store: Store[Any],
+    shapes: Shapes,
+    *,
+    audited: str | None = None,
+    erase: Callable[[Session, UUID], object] | None = None,
+) -> APIRouter:
     """Routes under /`name`. Reads open a session, writes a transaction that is committed before the response leaves.
 
     `audited` is what a row is called in the clinic's audit log. Then a read is a transaction too, and no row leaves the clinic's database
-    before it is written down there who asked for it.
+    before it is written down there who asked for it. `erase` removes a row for ever, with all that belongs to it: DELETE with `permanent`.
     """
     create, update, out, listing = shapes.create, shapes.update, shapes.out, shapes.listing
     router = APIRouter(prefix=f"/{name}", tags=[name])
@@ -53,11 +62,26 @@ def crud_router(name: str, store: Store[Any], shapes: Shapes, *, audited: str | 
         await note(adb, session, "update", row_id, fields=sorted(data.model_fields_set))  # type: ignore[attr-defined]
         return row
 
-    @router.delete("/{row_id}", dependencies=[may(name, "delete")], status_code=204)
-    async def delete_row(session: AsyncTenantTransaction, adb: Registry, row_id: UUID) -> Response:
-        await session.run_sync(store.delete, row_id)
-        await note(adb, session, "delete", row_id)
-        return Response(status_code=204)
+    if erase is None:
+
+        @router.delete("/{row_id}", dependencies=[may(name, "delete")], status_code=204)
+        async def delete_row(session: AsyncTenantTransaction, adb: Registry, row_id: UUID) -> Response:
+            await session.run_sync(store.delete, row_id)
+            await note(adb, session, "delete", row_id)
+            return Response(status_code=204)
+
+    else:
+        may_erase = require_role(*allowed(name, "erase"))
+
+        @router.delete("/{row_id}", dependencies=[may(name, "delete")], status_code=204)
+        async def delete_or_erase_row(
+            session: AsyncTenantTransaction, adb: Registry, identity: CurrentIdentity, row_id: UUID, permanent: bool = False
+        ) -> Response:
+            if permanent:
+                await may_erase(identity)
+            await session.run_sync(erase if permanent else store.delete, row_id)
+            await note(adb, session, "erase" if permanent else "delete", row_id)
+            return Response(status_code=204)
 
     @router.post("/{row_id}/restore", dependencies=[may(name, "restore")], response_model=out)
     async def restore_row(session: AsyncTenantTransaction, adb: Registry, row_id: UUID) -> Any:

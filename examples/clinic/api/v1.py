@@ -39,7 +39,15 @@ router = APIRouter(prefix="/api/v1")
 
 # -- patients, and the verification of their addresses ---------------------------------------------------------------------------------
 
-patient_routes = crud_router("patients", patients, schemas.PATIENT, audited="patient")
+patient_routes = crud_router("patients", patients, schemas.PATIENT, audited="patient", erase=patients.erase)
+
+
+@patient_routes.get("/{row_id}/export", dependencies=[may("patients", "export")], response_model=schemas.PatientFile)
+async def export_patient(session: AsyncTenantTransaction, adb: Registry, row_id: UUID) -> Any:
+    """All that the clinic keeps about a patient, deleted or not, for the patient to take along (GDPR, articles 15 and 20)."""
+    found = await session.run_sync(patients.everything, row_id)
+    await adb.audit.record(session, "patient.export", row_id)
+    return found
 
 
 @patient_routes.post("/{row_id}/email-verification", dependencies=[may("patients", "update")], status_code=202)

@@ -13,7 +13,9 @@ from tenantdb.backends.base import (
     FoundDatabase,
     Location,
     Surroundings,
+    Survey,
     TableShape,
+    TemplateMissing,
 )
 from tenantdb.errors import ConfigError
 from tenantdb.settings import POSTGRESQL, SQLITE
@@ -33,8 +35,9 @@ __all__ = [
     "Location",
     "Rows",
     "Surroundings",
+    "Survey",
     "TableShape",
-    "Wire",
+    "TemplateMissing", "Wire",
     "Workshop",
     "backend",
 ]

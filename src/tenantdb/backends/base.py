@@ -57,6 +57,10 @@ class FenceLevel(StrEnum):
     CLOSED = "closed"
 
 
+class TemplateMissing(Exception):
+    """A golden database is not on its server any more. Never reaches an application: another is built."""
+
+
 @dataclass(frozen=True, slots=True)
 class FoundDatabase:
     """A database that exists on the server. ``invalid`` where an interrupted DROP left it unusable."""
@@ -81,6 +85,15 @@ class Surroundings:
     version: str
     size: int
     present: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A database that may be adopted: who owns it (on SQLite, its path), and what its ``alembic_version`` says: None where there is no
+    such table, empty where that can only be told later."""
+
+    owner: str
+    revisions: Sequence[str] | None
 
 
 class CarryFailed(Exception):

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import Dialect
 
-from tenantdb.backends.base import FenceLevel, FoundDatabase, Location, ServerReport, Surroundings, TableShape
+from tenantdb.backends.base import FenceLevel, FoundDatabase, Location, ServerReport, Surroundings, Survey, TableShape
 from tenantdb.backends.weakness import Diagnosis, Patient, ServerExamination
 from tenantdb.model import Server, Template, Tenant
 from tenantdb.settings import ConnectionURL, Settings
@@ -50,7 +50,7 @@ class Workshop(Protocol):
     def find_database(self, name: str) -> FoundDatabase | None: ...
     def find_roles(self, names: Sequence[str]) -> list[str]: ...
     def are_taken(self, database: str, roles: Sequence[str]) -> bool:
-        """Whether the server has a database or a role of one of these names."""
+        """Whether the server has a database or a role of one of these names. Where not, the database's name is held, as by `hold`."""
 
     def ours(self) -> tuple[set[str], set[str]]:
         """The databases and the roles on the server whose names look as if we had drawn them."""
@@ -61,7 +61,10 @@ class Workshop(Protocol):
         """
 
     def create_database(self, tenant: Tenant, template: Template | None) -> None:
-        """Make the tenant's database, closed to everyone until `open_database`: a clone of ``template``, or empty."""
+        """Make the tenant's database, closed to everyone until `open_database`: a clone of ``template``, or empty.
+
+        Raises: `TemplateMissing`.
+        """
 
     def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         """Make both roles, or give them these passwords where they exist."""
@@ -69,8 +72,11 @@ class Workshop(Protocol):
     def open_database(self, tenant: Tenant) -> None:
         """Shut PUBLIC out and let the tenant's roles in."""
 
-    def fit(self, tenant: Tenant) -> None:
-        """Inside: the identity stamp, grants; what was cloned is given over to the owner role; what was not is furnished."""
+    def fit(self, tenant: Tenant, template: Template | None = None) -> None:
+        """Inside: the identity stamp, grants; what was cloned is given over to the owner role; what was not is furnished.
+
+        ``template`` where it was cloned from that a moment ago.
+        """
 
     def verify(self, tenant: Tenant, *, cloned: bool = False) -> list[str]:
         """Everything that is more open than it must be, in words; empty when all is well. Of a fresh clone, what cloning can have left."""
@@ -99,6 +105,21 @@ class Workshop(Protocol):
     def end_sessions(self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None) -> int: ...
     def drop_database(self, tenant: Tenant) -> None: ...
     def drop_roles(self, tenant: Tenant) -> None: ...
+
+    def survey(self, slug: str, database: str, owner_url: ConnectionURL | None) -> Survey:
+        """Look at a database that somebody else made, with its owner's eyes. Raises: `AdoptRefused`, with everything that speaks against
+        its adoption; `ServerUnavailable`."""
+
+    def hand_over(self, tenant: Tenant, owner_url: ConnectionURL | None) -> None:
+        """The database and all that is in it become the provisioner's and the owner role's, in one transaction; done already, nothing
+        happens. Its old owner is shut out. Raises: `AdoptRefused`, with nothing changed."""
+
+    def may_hand_back(self, tenant: Tenant, owner_url: ConnectionURL | None) -> None:
+        """Raises: `AdoptRefused` where `hand_back` could not work."""
+
+    def hand_back(self, tenant: Tenant, owner_url: ConnectionURL | None) -> None:
+        """The other way, also for what was made since; nothing of the tenant's data is dropped. Done already, or never handed over, nothing
+        happens. Raises: `AdoptRefused`, with nothing changed."""
 
 
 class Doctor(Protocol):

@@ -18,6 +18,8 @@ _MAKE = (
     "INSERT OR IGNORE INTO tenantdb_audit_records_head (id, seq) VALUES (1, 0)",
 )
 
+TABLES = ("tenantdb_audit_records", "tenantdb_audit_records_head")
+
 
 def make(connection: sqlite3.Connection) -> None:
     """Make the tables where they are missing, in the caller's transaction. May run any number of times."""

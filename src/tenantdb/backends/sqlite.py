@@ -28,8 +28,8 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import NullPool, QueuePool
 
 from tenantdb.backends import recordlog
-from tenantdb.backends.base import ConnectFailed, FailureClass, FenceLevel, FoundDatabase, Location, ServerReport
-from tenantdb.errors import ConfigError, RegistryNotInitialized, WrongDatabase
+from tenantdb.backends.base import ConnectFailed, FailureClass, FenceLevel, FoundDatabase, Location, ServerReport, Survey, TemplateMissing
+from tenantdb.errors import AdoptRefused, ConfigError, RegistryNotInitialized, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Template, Tenant
 from tenantdb.settings import SQLITE, ConnectionURL, Settings
 
@@ -331,6 +331,8 @@ class SQLiteWorkshop:
             return
         with tempfile.TemporaryDirectory(prefix=".tenantdb-", dir=self._folder) as scratch:
             copy = Path(scratch) / path.name
+            if not self._path(template.database).exists():
+                raise TemplateMissing(template.database)
             shutil.copyfile(self._path(template.database), copy)  # closed and checkpointed, so the file is all there is
             copy.chmod(0o600)
             os.link(copy, path)
@@ -341,7 +343,7 @@ class SQLiteWorkshop:
     def open_database(self, tenant: Tenant) -> None:
         """Whoever may read the folder is in."""
 
-    def fit(self, tenant: Tenant) -> None:
+    def fit(self, tenant: Tenant, template: Template | None = None) -> None:
         with closing(sqlite3.connect(_existing(self._path(tenant.database)), uri=True)) as connection, connection:
             connection.execute("PRAGMA journal_mode=WAL")
             self._furnish(connection)
@@ -402,6 +404,45 @@ class SQLiteWorkshop:
     def drop_roles(self, tenant: Tenant) -> None:
         """There are none."""
 
+    # -- what somebody else made -------------------------------------------------------------------------------------------------------
+
+    def survey(self, slug: str, database: str, owner_url: ConnectionURL | None) -> Survey:
+        path = Path(database).absolute()
+        if owner_url is not None:
+            raise AdoptRefused(slug, ["a file has no owner's login; leave owner_url out"])
+        if not path.is_file() or path.parent == self._folder:
+            raise AdoptRefused(slug, [f"{path.name!r} is no file, or stands in the tenants' own folder"])
+        try:
+            with closing(_read_only(path)) as connection:
+                tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+                if ours := sorted(tables & {IDENTITY_TABLE, "tenantdb_tenants"}):
+                    raise AdoptRefused(slug, [f"it has a table {ours[0]}, so it is a tenant's or a registry"])
+                if "alembic_version" not in tables:
+                    return Survey(str(path), None)
+                return Survey(str(path), [version for (version,) in connection.execute("SELECT version_num FROM alembic_version")])
+        except sqlite3.Error as error:
+            raise AdoptRefused(slug, [f"{path.name!r} cannot be read as a SQLite database"]) from error
+
+    def hand_over(self, tenant: Tenant, owner_url: ConnectionURL | None) -> None:
+        """Copied under the tenant's name; the original stays as it is."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(tenant.database)
+        if not path.exists():
+            _copy(Path(tenant.adopted_from or ""), path)
+
+    def may_hand_back(self, tenant: Tenant, owner_url: ConnectionURL | None) -> None:
+        target = _given_back(tenant)
+        if target.exists():
+            raise AdoptRefused(tenant.slug, [f"{str(target)!r} is there already"], "given back")
+
+    def hand_back(self, tenant: Tenant, owner_url: ConnectionURL | None) -> None:
+        path, target = self._path(tenant.database), _given_back(tenant)
+        if not path.exists():
+            return
+        if not target.exists():
+            _copy(path, target, without_ours=True)
+        self._remove(tenant.database)
+
     def _path(self, name: str | None) -> Path:
         return self._folder / f"{name}.sqlite3"
 
@@ -410,6 +451,31 @@ class SQLiteWorkshop:
         path = self._path(name)
         for each in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm"), path):
             each.unlink(missing_ok=True)
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+
+
+def _given_back(tenant: Tenant) -> Path:
+    """Beside the file that was adopted, which is still there."""
+    original = Path(tenant.adopted_from or "")
+    return original.with_name(f"{original.stem}.given-back{original.suffix}")
+
+
+def _copy(source: Path, target: Path, *, without_ours: bool = False) -> None:
+    """With what the write-ahead log holds. The file gets its name when it is whole, and never that of another."""
+    with tempfile.TemporaryDirectory(prefix=".tenantdb-", dir=target.parent) as scratch:
+        copy = Path(scratch) / target.name
+        os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with closing(_read_only(source)) as reading, closing(sqlite3.connect(copy)) as writing:
+            reading.backup(writing)
+            if without_ours:
+                for name in (IDENTITY_TABLE, *recordlog.TABLES):
+                    writing.execute(f"DROP TABLE IF EXISTS {name}")
+                writing.commit()
+            writing.execute("PRAGMA journal_mode=DELETE")
+        os.link(copy, target)
 
 
 _OPAQUE = re.compile(r"t_[0-9a-f]{16}", re.ASCII)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from tenantdb.backends import recordlog
 from tenantdb.backends.sqlite import IDENTITY_TABLE, database_path
 from tenantdb.backends.weakness import Diagnosis, Patient, ServerExamination, Severity, Weakness, treat
 from tenantdb.model import Server, Template, Tenant
@@ -34,7 +35,11 @@ class SQLiteDoctor:
 
     def examine_inside(self, patient: Patient, *, repair: bool) -> list[Diagnosis]:
         path = database_path(self._server, patient.tenant)
-        return treat(lambda: [*look_at_file(path, patient.tenant), *_stamp(path, patient.tenant)], self, repair=repair)
+        return treat(
+            lambda: [*look_at_file(path, patient.tenant), *_stamp(path, patient.tenant), *_record_log(path, patient.tenant)],
+            self,
+            repair=repair,
+        )
 
 
 def look_at_file(path: Path, tenant: Tenant) -> Iterator[Weakness]:
@@ -64,6 +69,22 @@ def _stamp(path: Path, tenant: Tenant) -> Iterator[Weakness]:
     if rows != [(str(tenant.id),)]:
         text, repair = "the identity stamp is not the tenant's", "find out which tenant's file this is before anybody uses it"
         yield Weakness("identity", Severity.PROBLEM, f"file {path.name}", text, repair, tenant.id)
+
+
+def _record_log(path: Path, tenant: Tenant) -> Iterator[Weakness]:
+    def make(_: object) -> None:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection, connection:
+            recordlog.make(connection)
+
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
+            found = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = ?", (recordlog.TABLES[0],)).fetchone()[0]
+    except sqlite3.DatabaseError:
+        return  # damaged, which is told already
+    if not found:
+        text = "the file has no audit log of its records, as those made before there was one"
+        repair = "`tenantdb doctor --repair` makes it"
+        yield Weakness("record-log-missing", Severity.PROBLEM, f"file {path.name}", text, repair, tenant.id, mend=make)
 
 
 def _missing(tenant: Tenant) -> Weakness:

@@ -61,7 +61,7 @@ def _prepare(superuser: ConnectionURL, db: TenantDB, secrets: _Secrets) -> None:
     """Bring cluster and registry to where an application can start. Nothing here minds to be done again."""
     from tenantdb.backends.postgresql.bootstrap import bootstrap
 
-    bootstrap(superuser, _PROVISIONER, secrets.provisioner, db.settings)
+    bootstrap(superuser, _PROVISIONER, secrets.provisioner, db.settings, iterations=db.settings.scram_iterations)
     _make_registry_database(superuser, db, secrets)
     db.init()
     server = db.servers.get(_SERVER)

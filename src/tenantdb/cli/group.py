@@ -8,7 +8,23 @@ from typing import Any
 
 import click
 
-from tenantdb.cli import audit, doctor, endings, fleet, journal, migrations, next_step, operate, output, security, start, tenants, users
+from tenantdb.cli import (
+    adopt,
+    audit,
+    doctor,
+    endings,
+    fleet,
+    journal,
+    migrations,
+    next_step,
+    operate,
+    output,
+    security,
+    start,
+    tenants,
+    transfer,
+    users,
+)
 from tenantdb.cli.app import Invocation, global_options, pass_invocation
 from tenantdb.context import acting
 from tenantdb.errors import TenantDBError
@@ -28,12 +44,23 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         endings.purge,
         endings.hold,
         endings.release,
+        adopt.adopt,
+        adopt.give_back,
         users.users,
         users.memberships,
     ),
     "fleet": (fleet.migrate, journal.spares),
     "security": (doctor.doctor, security.generate_key, security.rotate_keys, journal.rotate_credentials, audit.audit),
-    "operate": (operate.check, operate.worker, journal.resume, operate.shell),
+    "operate": (
+        operate.check,
+        operate.worker,
+        journal.resume,
+        transfer.export,
+        transfer.import_file,
+        transfer.clone,
+        transfer.export_rows,
+        operate.shell,
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from tenantdb.cli import output
 from tenantdb.cli.app import Invocation, UsageProblem, json_option, pass_invocation
 from tenantdb.cli.signals import stop_event
+from tenantdb.registry.secrets import password as drawn_password
 from tenantdb.settings import POSTGRESQL, ConnectionURL, Settings, check_host
 
 if TYPE_CHECKING:
@@ -70,10 +71,11 @@ def _print_exports(environment: Mapping[str, str]) -> None:
     metavar="NAME",
     help=f"The login to make. Its password: {_PASSWORD}, or asked for. Default: that of the settings' server.",
 )
+@click.option("--draw-password", "draw", is_flag=True, help="Draw a new password for the provisioner, and print it.")
 @json_option
 @pass_invocation
 def bootstrap_server(
-    invocation: Invocation, superuser_url: str | None, ask: bool, as_script: bool, server: str | None, provisioner: str | None
+    invocation: Invocation, superuser_url: str | None, ask: bool, as_script: bool, server: str | None, provisioner: str | None, draw: bool
 ) -> None:
     """Prepare a PostgreSQL cluster, as superuser.
 
@@ -85,23 +87,28 @@ def bootstrap_server(
     if not as_script and superuser_url is None:
         raise UsageProblem("give a superuser's URL in TENANTDB_SUPERUSER_URL; or --print the SQL for whoever is one")
     settings = invocation.settings()
-    name, password = _provisioner(settings, server, provisioner)
-    if as_script:
-        from tenantdb.backends.postgresql.bootstrap import script
+    from tenantdb.backends.postgresql import scram
+    from tenantdb.backends.postgresql.bootstrap import bootstrap, script
 
-        text = script(name, password)
+    name, password = _provisioner(settings, server, provisioner, draw=draw)
+    iterations = settings.scram_iterations if draw else scram.ITERATIONS  # what was drawn cannot be guessed, however fast
+    told = {"provisioner": name} | ({"password": password} if draw else {})
+    if as_script:
+        text = script(name, password, iterations=iterations)
+        if draw:
+            output.say(f"The password of {name}: {password}")
         if invocation.json:
-            output.document({"provisioner": name, "sql": text})
+            output.document({**told, "sql": text})
         else:
             click.echo(text)
         return
-    from tenantdb.backends.postgresql.bootstrap import bootstrap
-
-    bootstrap(_superuser(superuser_url or "", settings, ask=ask), name, password, settings)
+    bootstrap(_superuser(superuser_url or "", settings, ask=ask), name, password, settings, iterations=iterations)
     if invocation.json:
-        output.document({"provisioner": name})
+        output.document(told)
     else:
         click.echo(f"The server is ready; {name} may create databases and roles on it.")
+        if draw:
+            click.echo(f"Its password, for TENANTDB_SERVER: {password}")
 
 
 def _superuser(url: str, settings: Settings, *, ask: bool) -> ConnectionURL:
@@ -115,8 +122,8 @@ def _superuser(url: str, settings: Settings, *, ask: bool) -> ConnectionURL:
     return superuser
 
 
-def _provisioner(settings: Settings, server: str | None, name: str | None) -> tuple[str, str]:
-    """The provisioner's name and password, from the settings where they have them."""
+def _provisioner(settings: Settings, server: str | None, name: str | None, *, draw: bool) -> tuple[str, str]:
+    """The provisioner's name and password, from the settings where they have them, or a new one."""
     known = {at: url for at, url in settings.provisioners.items() if url.backend == POSTGRESQL and server in (None, at)}
     if server is not None and not known:
         raise UsageProblem(f"the settings have no PostgreSQL server {server!r}")
@@ -126,6 +133,8 @@ def _provisioner(settings: Settings, server: str | None, name: str | None) -> tu
     name = name or (url.username if url else None)
     if name is None:
         raise UsageProblem("say who the provisioner is: --provisioner NAME, or TENANTDB_SERVER with its URL")
+    if draw:
+        return name, drawn_password()
     if url is not None and url.username == name and url.password is not None:
         return name, url.password.get_secret_value()
     if given := os.environ.get(_PASSWORD):

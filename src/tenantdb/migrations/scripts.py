@@ -85,6 +85,16 @@ class Scripts:
             )
         return found
 
+    def stamp(self, engine: Engine, revision: str) -> str | None:
+        """Write down in a database that it is at a revision, without migrating it, and return what it says then. Raises: as `upgrade`."""
+        config = self._config()
+        with alembic_lock, engine.connect() as connection:
+            config.attributes[CONNECTION] = connection
+            with _as_migration_error():
+                command.stamp(config, revision)
+            connection.rollback()
+            return current_revision(connection)
+
     def _config(self) -> Config:
         config = Config()
         location = self._location if ":" in self._location else str(Path(self._location).absolute())

@@ -109,9 +109,21 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
         if overwrite:
             partial.replace(path)
         else:
-            os.link(partial, path)  # unlike a rename it never replaces what came meanwhile
+            _name(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _name(partial: Path, path: Path) -> None:
+    """Unlike a rename a link never replaces what came meanwhile; some file systems have none. Raises: `FileExistsError`, `OSError`."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(path.name) from None
+        partial.rename(path)
 
 
 def write(

@@ -58,10 +58,7 @@ def serve_again(work: Work) -> Also | None:
 
 def drop_database(work: Work) -> Also | None:
     """DROP DATABASE cannot be undone, nor be interrupted without leaving the database unusable; so it comes when all is decided."""
-    if work.tenant.state is not TenantState.PURGING:
-        raise PurgeRefused(work.tenant.slug, f"it is {work.tenant.state} by now")
-    if work.tenant.legal_hold is not None:  # the serving login may write a state, and no hold
-        raise PurgeRefused(work.tenant.slug, "there is a legal hold on it")
+    ensure_purging(work)
     if work.record.server is None:
         return None
     workshop = work.workshop()
@@ -72,6 +69,14 @@ def drop_database(work: Work) -> Also | None:
     return None
 
 
+def ensure_purging(work: Work) -> None:
+    """Raises: `PurgeRefused`."""
+    if work.tenant.state is not TenantState.PURGING:
+        raise PurgeRefused(work.tenant.slug, f"it is {work.tenant.state} by now")
+    if work.tenant.legal_hold is not None:  # the serving login may write a state, and no hold
+        raise PurgeRefused(work.tenant.slug, "there is a legal hold on it")
+
+
 def drop_roles(work: Work) -> Also | None:
     if work.record.server is not None:
         work.workshop().drop_roles(work.tenant)
@@ -80,17 +85,18 @@ def drop_roles(work: Work) -> Also | None:
 
 def erase(work: Work) -> Also | None:
     """Leave a tombstone and the certificate."""
-    certificate = _certificate(work)
-    return lambda connection: work.registry.tenants.erase(connection, work.tenant, certificate, besides=work.operation.id)
+    proof = certificate(work)
+    return lambda connection: work.registry.tenants.erase(connection, work.tenant, proof, besides=work.operation.id)
 
 
-def _certificate(work: Work) -> dict[str, Any]:
-    """What was erased, by whom, and what else may hold data until when. No word of it names the customer."""
+def certificate(work: Work, *, given_back: bool = False) -> dict[str, Any]:
+    """What was erased, by whom, and what else may hold data until when. No word of it names the customer, unless the name of a database
+    does that was adopted: of one that was given back, it says to whom."""
     tenant, server, now = work.tenant, work.record.server, utcnow()
     until = (now + timedelta(days=work.settings.backup_retention)).isoformat()
     erased: dict[str, Any] = {"registry": ["name", "slug", "contact", "metadata", "memberships", "refresh tokens", "secrets"]}
     if server is not None:
-        erased |= {"server": server.name, "database": tenant.database}
+        erased |= {"server": server.name} if given_back else {"server": server.name, "database": tenant.database}
         erased |= {} if server.backend == SQLITE else {"roles": [tenant.owner_role, tenant.runtime_role]}
     may_remain = [
         {"what": "backups of the database server and of the registry", "until": until},
@@ -109,4 +115,6 @@ def _certificate(work: Work) -> dict[str, Any]:
         "erased": erased,
         "may_remain": may_remain,
     }
+    if given_back:
+        told |= {"given_back": {"database": tenant.database, "to": tenant.adopted_from}}
     return {**told, "sha256": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}

@@ -2,7 +2,7 @@
 
 Cloning costs a fraction of migrating, and is as exact as a copy of files. The first who needs a database at a new head revision builds the
 golden one, in a database of its own, under a lease; the others wait. It is switched to when it is whole; nobody ever connects to it then,
-because a session in it would keep it from being cloned.
+because a session in it would keep it from being cloned. Static seeds are part of it: their rows are copied, not written again.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import secrets
 import threading
 import time
 from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy.orm import Session
 
 from tenantdb.errors import MigrationError, describe
 from tenantdb.model import Server, Template, TemplateState
+from tenantdb.provisioning.hooks import Hooks, StaticSeed
 from tenantdb.provisioning.lease import LEASE, heartbeat, worker
 from tenantdb.registry import Registry
 from tenantdb.settings import SQLITE, Settings
@@ -40,24 +44,38 @@ def draw_name() -> str:
 class Golden:
     """Finds the golden database for a server, or builds it. Safe to share between threads."""
 
-    def __init__(self, registry: Registry, settings: Settings) -> None:
+    def __init__(self, registry: Registry, settings: Settings, hooks: Hooks, session_class: type[Session]) -> None:
         self._registry = registry
         self._settings = settings
+        self._hooks = hooks
+        self._session_class = session_class
+        self._known: dict[tuple[UUID, str | None, str], tuple[Template, float]] = {}  # and until when that is believed
         self._building = threading.Lock()  # one build at a time in this process; Alembic allows no more anyway
 
     def head(self) -> str | None:
         """The head revision of the application's migrations. Raises: `MigrationError`."""
         return None if self._settings.migrations is None else self._scripts().identity()[0]
 
-    def template(self, server: Server, workshop: Workshop) -> Template | None:
+    def template(self, server: Server, workshop: Workshop, *, instead_of: Template | None = None) -> Template | None:
         """The golden database at the head revision; None where there are no migrations. May take as long as migrating from nothing does.
 
-        Raises: `MigrationError`; what a migration raises; `ServerUnavailable`.
+        ``instead_of`` one that turned out to be gone. Raises: `MigrationError`; what a migration or a static seed raises;
+        `ServerUnavailable`.
         """
         if self._settings.migrations is None:
             return None
         revision, contents = self._scripts().identity()
-        digest = self._digest(server, contents)
+        key = server.id, revision, self._digest(server, contents)
+        if instead_of is not None:
+            self._known.pop(key, None)
+            self._registry.templates.retire(instead_of)
+        found, until = self._known.get(key, (None, 0.0))
+        if found is None or time.monotonic() > until:
+            found = self._find(server, revision, key[2], workshop)
+            self._known[key] = found, time.monotonic() + self._settings.cache_ttl
+        return found
+
+    def _find(self, server: Server, revision: str | None, digest: str, workshop: Workshop) -> Template:
         waited_until = time.monotonic() + _PATIENCE
         while True:
             if (found := self._registry.templates.find(server, revision, digest)) is not None:
@@ -79,13 +97,6 @@ class Golden:
                     raise MigrationError(f"another process has been building the golden database of {server.name!r} for too long")
                 threading.Event().wait(_POLL)
 
-    def is_stale(self, server: Server) -> bool:
-        """Whether the next database on this server would need a golden database that is not there yet."""
-        if self._settings.migrations is None:
-            return False
-        revision, contents = self._scripts().identity()
-        return self._registry.templates.find(server, revision, self._digest(server, contents)) is None
-
     def drop_retired(self, server: Server, workshop: Workshop) -> None:
         """Drop what is used no more. One that is just being cloned stays until next time."""
         for template in self._registry.templates.list(server):
@@ -103,6 +114,10 @@ class Golden:
                 workshop.create_template(template)
                 with workshop.template_engine(template) as engine:
                     found = self._scripts().upgrade(engine)
+                    if self._hooks.static_seeds:
+                        with self._session_class(engine) as session, session.begin():
+                            for seed in self._hooks.static_seeds:
+                                seed(session)
                 if found != template.revision:
                     raise MigrationError(f"the migrations changed while they ran: {found!r} instead of {template.revision!r}")
                 workshop.close_template(template)
@@ -129,5 +144,17 @@ class Golden:
 
     def _digest(self, server: Server, contents: str) -> str:
         """Of everything that makes two databases at one revision differ."""
-        told = [_LAYOUT, contents, sorted(server.extensions), sorted(server.schemas), self._settings.hardening]
+        seeds = [_code_of(seed) for seed in self._hooks.static_seeds]
+        told = [_LAYOUT, contents, seeds, sorted(server.extensions), sorted(server.schemas), self._settings.hardening]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _code_of(seed: StaticSeed) -> str:
+    """Tells a static seed from the same one before it was edited. What it reads from elsewhere is not seen: then it is not static."""
+    code = getattr(seed, "__code__", None)
+    name = f"{getattr(seed, '__module__', '')}.{getattr(seed, '__qualname__', type(seed).__qualname__)}"
+    if code is None:
+        return name
+    constants = [constant for constant in code.co_consts if isinstance(constant, (str, bytes, int, float, tuple, frozenset, type(None)))]
+    told = [name, code.co_code.hex(), code.co_names, sorted(map(repr, constants))]
+    return hashlib.sha256(repr(told).encode()).hexdigest()

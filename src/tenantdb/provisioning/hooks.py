@@ -21,7 +21,19 @@ StaticSeed = Callable[[Session], None]
 Hook = Callable[[Tenant], None]
 S = TypeVar("S", bound=Callable[..., Any])
 
-VERBS = ("provision", "activate", "suspend", "maintenance", "update", "delete", "restore", "purge", "rotate_credentials")
+VERBS = (
+    "provision",
+    "activate",
+    "suspend",
+    "maintenance",
+    "update",
+    "delete",
+    "restore",
+    "purge",
+    "rotate_credentials",
+    "adopt",
+    "give_back",
+)
 EVENTS = tuple(f"{when}_{verb}" for verb in VERBS for when in ("before", "after"))
 
 logger = logging.getLogger("tenantdb.hooks")

@@ -86,6 +86,7 @@ def load(work: Work) -> Also | None:
             revision = current_revision(connection)
     check_revision(revision, work.settings)
     _verify(work)
+    work.revision = revision
 
     def tell(connection: Connection) -> object:
         details = {"sha256": export.sha256, "revision": revision}

@@ -16,7 +16,7 @@ from tenantdb.errors import ConfigError, IllegalTransition, OperationFailed, Ope
 from tenantdb.model import Tenant, TenantState
 from tenantdb.provisioning.hooks import Hooks
 from tenantdb.provisioning.procedures import Runner
-from tenantdb.registry.operations import ACTIVATE, CLONE, FENCE, IMPORT, PROVISION, PURGE, RESTORE, ROTATE, TAKE, OperationState
+from tenantdb.registry.operations import ACTIVATE, ADOPT, CLONE, FENCE, IMPORT, PROVISION, PURGE, RESTORE, ROTATE, TAKE, OperationState
 from tenantdb.registry.tables import utcnow
 from tenantdb.settings import SQLITE
 
@@ -62,7 +62,7 @@ class Lifecycle:
             raise IllegalTransition(tenant.slug, str(tenant.state), str(TenantState.ACTIVE))
         if tenant.purge_after is not None and tenant.purge_after <= utcnow():
             raise IllegalTransition(tenant.slug, "deleted, and its retention has ended", str(TenantState.ACTIVE))
-        made = self._registry.operations.for_tenant(tenant.id, kinds=[PROVISION, TAKE, IMPORT, CLONE])
+        made = self._registry.operations.for_tenant(tenant.id, kinds=[PROVISION, TAKE, IMPORT, CLONE, ADOPT])
         if tenant.database is None or (made is not None and made.state is not OperationState.DONE):
             raise IllegalTransition(tenant.slug, "deleted before it was ever complete", str(TenantState.ACTIVE))
         return self._open(tenant, "restore", RESTORE)
@@ -72,6 +72,9 @@ class Lifecycle:
             raise PurgeRefused(tenant.slug, "it is erased for ever, so its slug is asked for once more: confirm=...")
         if tenant.legal_hold is not None:
             raise PurgeRefused(tenant.slug, "there is a legal hold on it; `tenantdb release` ends that")
+        adopted = None if tenant.adopted_from is None else self._registry.operations.for_tenant(tenant.id, kinds=[ADOPT])
+        if adopted is not None and adopted.state is not OperationState.DONE:
+            raise PurgeRefused(tenant.slug, "it was never wholly adopted, so its database may be somebody else's still; give it back instead")
         if tenant.state is TenantState.PURGING:
             operation = self._registry.operations.for_tenant(tenant.id, kinds=[PURGE])
             if operation is not None:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from tenantdb.errors import CredentialTampered, OperationInProgress, ProvisioningError
 from tenantdb.model import Tenant
-from tenantdb.provisioning import ending, importing, rotation, steps
+from tenantdb.provisioning import adopting, ending, importing, rotation, steps
 from tenantdb.provisioning.journal import Procedure, Step, carry_out
 from tenantdb.provisioning.lease import LEASE, dead, worker
 from tenantdb.provisioning.work import Shop, Work
@@ -18,12 +18,14 @@ from tenantdb.registry import operations as kinds
 from tenantdb.registry.operations import Operation, OperationState
 from tenantdb.registry.records import TenantRecord
 
+_SEED = Step("seed", steps.seed, steps.lacks_rows)
 _MAKE = (
     Step("reserve", steps.reserve),
-    Step("database", steps.create_database),
-    Step("open", steps.open_database),
+    Step("database", steps.make_database),
     Step("migrate", steps.migrate, steps.is_behind),
+    _SEED,
 )
+_ASK_FIRST = Step("ask first", steps.ask_first, steps.wants_to_be_asked_first)
 _ASK = Step("ask", steps.ask, steps.wants_to_be_asked)
 _DRAW = Step("draw", rotation.draw_passwords)
 _CHANGE = Step("change", rotation.change_passwords)
@@ -38,12 +40,23 @@ _FENCE = Step("fence", ending.fence)
 _LIFT = Step("lift", ending.lift)
 
 PROCEDURES: Mapping[str, Procedure] = {
-    kinds.PROVISION: Procedure((*_MAKE, Step("seed", steps.seed), _ASK), end=steps.serve, makes=True),
-    kinds.TAKE: Procedure((Step("seed", steps.seed_taken), _ASK), end=steps.serve, makes=True),
-    kinds.SPARE: Procedure((*_MAKE, Step("seed", steps.seed)), end=steps.offer),
+    kinds.PROVISION: Procedure((*_MAKE, _ASK), end=steps.serve, makes=True),
+    kinds.TAKE: Procedure((_ASK_FIRST, _SEED, _ASK), end=steps.serve, makes=True),
+    kinds.SPARE: Procedure(_MAKE, end=steps.offer),
     kinds.REFRESH: Procedure((Step("migrate", steps.migrate, steps.is_behind),), end=steps.offer),
     kinds.IMPORT: Procedure((*_FILL, _ASK), end=steps.serve, makes=True),
     kinds.CLONE: Procedure((*_FILL, Step("neutralise", importing.neutralise), _ASK), end=steps.serve, makes=True),
+    kinds.ADOPT: Procedure(
+        (
+            Step("reserve", adopting.reserve),
+            Step("roles", adopting.create_roles),
+            Step("convert", adopting.convert),
+            Step("check", adopting.check),
+            _ASK,
+        ),
+        end=adopting.serve,
+        makes=True,
+    ),
     kinds.FENCE: Procedure((_FENCE,), insists=True),
     kinds.ACTIVATE: Procedure((_LIFT,), end=ending.serve_again, insists=True),
     kinds.RESTORE: Procedure((_LIFT,), end=ending.serve_again, insists=True),
@@ -51,6 +64,7 @@ PROCEDURES: Mapping[str, Procedure] = {
     kinds.PURGE: Procedure(
         (_FENCE, Step("database", ending.drop_database), Step("roles", ending.drop_roles)), end=ending.erase, insists=True
     ),
+    kinds.GIVE_BACK: Procedure((_FENCE, Step("hand_back", adopting.hand_back), Step("roles", ending.drop_roles)), end=adopting.let_go),
 }
 
 _ANNOUNCED = {
@@ -58,6 +72,8 @@ _ANNOUNCED = {
     kinds.TAKE: ("provision", "activate"),
     kinds.IMPORT: ("provision", "activate"),
     kinds.CLONE: ("provision", "activate"),
+    kinds.ADOPT: ("adopt", "activate"),
+    kinds.GIVE_BACK: ("give_back",),
     kinds.ACTIVATE: ("activate",),
     kinds.RESTORE: ("restore",),
     kinds.PURGE: ("purge",),

@@ -54,7 +54,8 @@ class Provisioner:
         return self._provision(request, exist_ok=exist_ok, in_turn=False)
 
     def _provision(self, request: SignUp, *, exist_ok: bool, in_turn: bool) -> Tenant:
-        taking = self._spares.taking(request.payload["server"], request.payload["region"])
+        wish = request.payload["server"], request.payload["region"]
+        taking = self._spares.taking(*wish)
         hands = Hands(worker(), LEASE, makes=in_turn and bool(self._settings.provisioners))
         repeated = False
         try:
@@ -62,6 +63,8 @@ class Provisioner:
         except (TenantExists, UserExists) as error:
             tenant, operation = self._existing(request, error, exist_ok=exist_ok)
             repeated = not exist_ok
+        if taking is not None and operation.kind == PROVISION:
+            self._spares.none_found(*wish)
         if operation.worker == hands.worker:
             if operation.state is OperationState.RUNNING:
                 record = TenantRecord(tenant=tenant) if operation.kind == PROVISION else None  # one that was taken has a server

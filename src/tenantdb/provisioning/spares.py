@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+import time
 from collections.abc import Callable
 
 from tenantdb.errors import ConfigError, IllegalTransition, OperationFailed, OperationInProgress
@@ -28,6 +29,7 @@ class Spares:
         self._registry = runner.shop.registry
         self._settings = runner.shop.settings
         self._hooks = runner.shop.hooks
+        self._none_until: dict[tuple[str | None, str | None], float] = {}
 
     def list(self) -> list[Tenant]:
         """All spares, the oldest first; those without ``ready_at`` are being made or migrated, or failed to be."""
@@ -93,13 +95,21 @@ class Spares:
         self._runner.run_now(operation)
         return True
 
-    def taking(self, server: str | None, region: str | None) -> Taking:
-        """For a sign-up: which spares will do, and whether one is all that is needed."""
+    def taking(self, server: str | None, region: str | None) -> Taking | None:
+        """For a sign-up: which spares will do, and whether one is all that is needed. None where this process can make a database itself
+        and has found no spare a moment ago."""
+        if self._settings.provisioners and time.monotonic() < self._none_until.get((server, region), 0.0):
+            return None
         known = self._settings.migrations is not None
         wish = SpareWish(self._runner.shop.golden.head() if known else None, server, region, known)
         return Taking(wish=wish, at_once=not self._hooks.seeds and not self._hooks.has_before("provision", "activate"))
 
+    def none_found(self, server: str | None, region: str | None) -> None:
+        """A sign-up came too late."""
+        self._none_until[server, region] = time.monotonic() + self._settings.cache_ttl
+
     def _make(self, server: str) -> Tenant:
+        self._none_until.clear()
         with self._registry.admin_write() as connection:
             spare = self._registry.tenants.create_spare(connection)
             operation = self._registry.operations.create(connection, SPARE, spare.id, payload={"server": server})

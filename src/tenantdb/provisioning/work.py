@@ -61,7 +61,7 @@ class Work:
     operation: Operation
     record: TenantRecord
     wanted: Mapping[str, Any]  # the server or region that was asked for, and the like
-    cloned: bool = False  # whether this attempt cloned the golden database, so that little can be wrong with what it made
+    revision: str | None = None  # of what this attempt has cloned or loaded
     _open: ExitStack = field(default_factory=ExitStack)
     _workshop: Workshop | None = None
     _at: Server | None = None

@@ -52,7 +52,7 @@ class Registry:
         self._transactions = Transactions(engine, admin_engine, self._check, keyring)
         self._cache = RecordCache(size=settings.cache_size, ttl=settings.cache_ttl, clock=clock)
         self.audit = AuditStore(self._transactions, keyring, settings)
-        self.servers = ServerStore(self._transactions, keyring, self._cache.clear)
+        self.servers = ServerStore(self._transactions, keyring, self._cache.clear, ttl=settings.cache_ttl)
         self.tenants = TenantStore(self._transactions, self.servers.read, self.forget)
         self.users = UserStore(self._transactions)
         self.memberships = MembershipStore(self._transactions)

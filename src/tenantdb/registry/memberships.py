@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, literal, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tenantdb.errors import NotAMember, UserNotFound
@@ -15,6 +15,19 @@ from tenantdb.registry.transactions import Transactions
 from tenantdb.resolvers import tenant_key
 
 _memberships = tables.memberships
+
+
+# Of a living user only, and that without asking first.
+_ADD = insert(_memberships).from_select(
+    ["user_id", "tenant_id", "role", "version", "created_at"],
+    select(
+        tables.users.c.id,
+        bindparam("tenant", type_=_memberships.c.tenant_id.type),
+        bindparam("their_role", type_=_memberships.c.role.type),
+        literal(1),
+        bindparam("since", type_=_memberships.c.created_at.type),
+    ).where((tables.users.c.id == bindparam("their_id")) & tables.users.c.deleted_at.is_(None)),
+)
 
 
 class MembershipStore:
@@ -32,10 +45,10 @@ class MembershipStore:
             return self._put(user, tenant, role)
 
     def add_in(self, connection: Connection, user_id: UUID, tenant_id: UUID, role: MemberRole) -> None:
-        """A new membership in the caller's transaction."""
-        connection.execute(
-            insert(_memberships).values(user_id=user_id, tenant_id=tenant_id, role=role.value, version=1, created_at=tables.utcnow())
-        )
+        """A new membership in the caller's transaction. Raises: `UserNotFound` where the user is deleted, or was never there."""
+        values = {"their_id": user_id, "tenant": tenant_id, "their_role": role.value, "since": tables.utcnow()}
+        if connection.execute(_ADD, values).rowcount == 0:
+            raise UserNotFound(str(user_id))
         audit.record(connection, "membership.add", tenant_id=tenant_id, object=user_id, details={"role": str(role)})
 
     def remove(self, user: User | UUID | str, tenant: Tenant | UUID | str) -> None:

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Interval, RowMapping, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, Interval, RowMapping, bindparam, func, insert, select, update
 
 from tenantdb.errors import OperationInProgress
 from tenantdb.model import StrEnum
@@ -32,10 +32,18 @@ PURGE = "purge"
 ROTATE = "rotate"
 IMPORT = "import"
 CLONE = "clone"
+ADOPT = "adopt"
+GIVE_BACK = "give_back"
 
 _operations = tables.operations
 
 Also = Callable[[Connection], object]
+
+_BEGIN = insert(_operations).values(
+    lease_until=func.clock_timestamp(type_=tables.Moment()) + bindparam("lease", type_=Interval()),
+    **{column.name: bindparam(column.name, type_=column.type) for column in _operations.c if column.name != "lease_until"},
+)
+"""One that is in somebody's hands from the start, by the database's clock."""
 
 
 class OperationState(StrEnum):
@@ -117,10 +125,12 @@ class OperationStore:
         elif worker is not None and lease is not None:
             values |= {"state": OperationState.RUNNING, "attempt": 1, "worker": worker, "lease_until": None}
         written = {**values, "state": values["state"].value}
-        if values["state"] is OperationState.RUNNING and lease is not None:
-            on_sqlite = connection.dialect.name == "sqlite"
-            written["lease_until"] = _clock(connection) + (lease if on_sqlite else literal(lease, Interval()))
-        connection.execute(insert(_operations).values(written))
+        if values["state"] is not OperationState.RUNNING or lease is None:
+            connection.execute(insert(_operations), written)
+        elif connection.dialect.name == "sqlite":
+            connection.execute(insert(_operations), {**written, "lease_until": now_at(connection) + lease})
+        else:
+            connection.execute(_BEGIN, {**written, "lease": lease})
         return Operation(**values)
 
     def get(self, operation_id: UUID) -> Operation | None:

@@ -6,6 +6,7 @@ connections to a machine of his own is found out before a password is sent there
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,10 +28,12 @@ _ADDRESS = ("backend", "host", "port", "direct_host", "direct_port", "path")
 class ServerStore:
     """Reads and writes servers. Writing takes the login that owns the registry."""
 
-    def __init__(self, transactions: Transactions, keyring: Keyring, forget_all: Callable[[], None]) -> None:
+    def __init__(self, transactions: Transactions, keyring: Keyring, forget_all: Callable[[], None], *, ttl: float) -> None:
         self._transactions = transactions
         self._keyring = keyring
         self._forget_all = forget_all
+        self._ttl = ttl
+        self._only: dict[tuple[str | None, str | None, tuple[str, ...] | None], tuple[Server, float]] = {}
 
     def get(self, name: str | UUID) -> Server:
         """A server by name or id. Raises: `NoServerAvailable`; `CredentialTampered` where its address was edited."""
@@ -50,8 +53,13 @@ class ServerStore:
     def pick(self, name: str | None = None, *, region: str | None = None, among: Iterable[str] | None = None) -> Server:
         """The open server with room that holds the fewest tenants; of that name, in that region or ``among`` names, where that is wanted.
 
-        Raises: `NoServerAvailable`.
+        Where there is but one to choose, and nothing to count, the choice is believed as long as a tenant's record. Raises:
+        `NoServerAvailable`.
         """
+        wish = name, region, None if among is None else tuple(among)
+        only, until = self._only.get(wish, (None, 0.0))
+        if only is not None and time.monotonic() < until:
+            return only
         servers, tenants = tables.servers, tables.tenants
         held = (
             select(func.count())
@@ -67,10 +75,13 @@ class ServerStore:
         if region is not None:
             query = query.where(servers.c.region == region)
         with self._transactions.read() as connection:
-            row = connection.execute(query.order_by(held, servers.c.name).limit(1)).mappings().first()
-        if row is None:
+            rows = connection.execute(query.order_by(held, servers.c.name).limit(2)).mappings().all()
+        if not rows:
             raise NoServerAvailable(name if name is not None else region)
-        return self.read({**row})
+        chosen = self.read({**rows[0]})
+        if len(rows) == 1 and chosen.capacity is None:
+            self._only[wish] = chosen, time.monotonic() + self._ttl
+        return chosen
 
     def add(
         self,
@@ -121,6 +132,7 @@ class ServerStore:
             if changed.rowcount == 0:
                 raise NoServerAvailable(name)
             audit.record(connection, "server.drain" if draining else "server.open", object=name)
+        self._only.clear()
         return self.get(name)
 
     def _put(self, name: str, values: dict[str, Any]) -> Server:
@@ -146,6 +158,7 @@ class ServerStore:
                     )
                 audit.record(connection, "server.change", object=name, details={"fields": changed})
             stored = connection.execute(select(tables.servers).where(tables.servers.c.id == server_id)).mappings().one()
+        self._only.clear()
         self._forget_all()
         return self.read({**stored})
 

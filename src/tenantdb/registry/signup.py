@@ -22,7 +22,6 @@ from sqlalchemy.exc import IntegrityError
 from tenantdb.errors import TenantExists, UserExists
 from tenantdb.model import MemberRole, NewUser, Subscription, Tenant, TenantState, User
 from tenantdb.registry import audit, fields
-from tenantdb.registry.ids import user_id_of
 from tenantdb.registry.operations import PROVISION, TAKE, Operation
 from tenantdb.registry.passwords import hash_password
 from tenantdb.registry.tenants import SIGNED_UP, SpareWish, sign_up_values
@@ -129,7 +128,7 @@ def _write(
             made = registry.users.create_in(connection, owner.email, password_hash, first_name=owner.first_name, last_name=owner.last_name)
             user_id = made.id
         elif owner is not None:
-            user_id = user_id_of(connection, owner)
+            user_id = owner.id if isinstance(owner, User) else owner
         tenant, kind, done = _tenant(registry, connection, request, taking)
         if user_id is not None:
             registry.memberships.add_in(connection, user_id, tenant.id, MemberRole.OWNER)

@@ -202,6 +202,8 @@ audit = Table(
     Column("source", Text),
 )
 
+Index("tenantdb_audit_tenant_id_seq_idx", audit.c.tenant_id, audit.c.seq)
+
 audit_heads = Table(
     "tenantdb_audit_heads",
     metadata,

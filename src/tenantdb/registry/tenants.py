@@ -230,6 +230,7 @@ class TenantStore:
         runtime_role: str | None,
         owner_secret: bytes | None,
         runtime_secret: bytes | None,
+        adopted_from: str | None = None,
     ) -> Callable[[Connection], TenantRecord]:
         """What gives the tenant its place, once, in the caller's transaction, who forgets the cached record when it is committed.
 
@@ -239,6 +240,7 @@ class TenantStore:
         def write(connection: Connection) -> TenantRecord:
             place = (_tenants.c.id == tenant.id) & _tenants.c.database.is_(None) & _tenants.c.state.in_(_BEING_MADE)
             values: dict[str, Any] = {"database": database, "owner_role": owner_role, "runtime_role": runtime_role}
+            values["adopted_from"] = adopted_from
             written = {
                 **values,
                 "server_id": server.id,
@@ -452,7 +454,9 @@ class TenantStore:
         returned = connection.execute(update(_tenants).where(still).values(written).returning(*_written)).first()
         return None if returned is None else replace(tenant, fence=Fence.DONE, **returned._mapping)
 
-    def erase(self, connection: Connection, tenant: Tenant, certificate: Mapping[str, Any], *, besides: UUID) -> Tenant:
+    def erase(
+        self, connection: Connection, tenant: Tenant, certificate: Mapping[str, Any], *, besides: UUID, action: str = "tenant.purge"
+    ) -> Tenant:
         """Leave a tombstone of a tenant that is being purged: its id, when, and the certificate. The slug is free again, and nothing is
         left to do for the tenant, ``besides`` the operation that does this.
 
@@ -469,7 +473,7 @@ class TenantStore:
             connection,
             tenant,
             TenantState.PURGED,
-            action="tenant.purge",
+            action=action,
             bump_generation=True,
             values={**erased, "metadata": {}, "purged_at": now, "certificate": dict(certificate), "ready_at": None},
         )

@@ -104,7 +104,7 @@ class Transactions:
 @contextmanager
 def begin(engine: Engine, *, immediate: bool) -> Iterator[Connection]:
     """A transaction; on SQLite one that takes the write lock at once, because a reader cannot wait to become a writer."""
-    if immediate:
+    if immediate and engine.dialect.name == "sqlite":
         engine = engine.execution_options(tenantdb_begin="IMMEDIATE")
     with engine.begin() as connection:
         yield connection

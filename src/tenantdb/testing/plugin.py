@@ -134,7 +134,7 @@ def _prepared(superuser: str) -> dict[str, Any]:
     passwords = {name: secrets.token_urlsafe(24) for name in ("app", "admin", "provisioner")}
     key, database = generate_key(), "central"
     settings = Settings(url=superuser, secret_keys=[key])
-    bootstrap(settings.url, "provisioner", passwords["provisioner"], settings)
+    bootstrap(settings.url, "provisioner", passwords["provisioner"], settings, iterations=settings.scram_iterations)
     with _login(settings.url, settings) as connection:
         for name in ("app", "admin"):
             connection.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(name), sql.Literal(passwords[name])))

@@ -72,8 +72,12 @@ $template$;
 """
 
 
-def bootstrap(superuser: ConnectionURL, provisioner: str, password: str, settings: Settings) -> None:
+def bootstrap(
+    superuser: ConnectionURL, provisioner: str, password: str, settings: Settings, *, iterations: int = scram.ITERATIONS
+) -> None:
     """Prepare a cluster. ``provisioner`` is the name of the login to make or to bring in order. May run any number of times.
+
+    ``iterations`` of its SCRAM verifier: few will do where the password was drawn by a machine (`tenantdb.registry.secrets.password`).
 
     Raises: `ServerUnavailable`; `ConfigError` where the given login is no superuser, or the provisioner is one.
     """
@@ -82,29 +86,29 @@ def bootstrap(superuser: ConnectionURL, provisioner: str, password: str, setting
             raise ConfigError("bootstrap-server needs a superuser's URL; on a managed server use hardening='managed' instead")
         if connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s AND rolsuper", [provisioner]).fetchone():
             raise ConfigError(f"the provisioner {provisioner!r} is a superuser; give server= another login, which bootstrap-server makes")
-        connection.execute(_fill(_CLUSTER, provisioner, password))
+        connection.execute(_fill(_CLUSTER, provisioner, password, iterations))
         template = sql.Identifier(TEMPLATE)
         if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone():
             connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0 IS_TEMPLATE true").format(template))
         connection.execute(sql.SQL("ALTER DATABASE {} IS_TEMPLATE true ALLOW_CONNECTIONS true").format(template))
         try:
             with provisioner_connection(superuser, settings, "bootstrap", database=TEMPLATE) as inside:
-                inside.execute(_fill(_TEMPLATE, provisioner, password))
+                inside.execute(_fill(_TEMPLATE, provisioner, password, iterations))
         finally:
             connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(template))
 
 
-def script(provisioner: str, password: str) -> str:
+def script(provisioner: str, password: str, *, iterations: int = scram.ITERATIONS) -> str:
     """The same as a script for psql, for those who let nobody else near a superuser. It holds a verifier, no password."""
     create = f"SELECT 'CREATE DATABASE {TEMPLATE} TEMPLATE template0 IS_TEMPLATE true'"
     return "\n".join(
         [
             "-- As a superuser: psql -v ON_ERROR_STOP=1 -d postgres -f FILE. It may run again.",
-            _fill(_CLUSTER, provisioner, password).as_string(None),
+            _fill(_CLUSTER, provisioner, password, iterations).as_string(None),
             f"{create} WHERE NOT EXISTS (SELECT 1 FROM pg_database WHERE datname = '{TEMPLATE}') \\gexec",
             f"ALTER DATABASE {TEMPLATE} IS_TEMPLATE true ALLOW_CONNECTIONS true;",
             f"\\c {TEMPLATE}",
-            _fill(_TEMPLATE, provisioner, password).as_string(None),
+            _fill(_TEMPLATE, provisioner, password, iterations).as_string(None),
             "\\c postgres",
             f"ALTER DATABASE {TEMPLATE} ALLOW_CONNECTIONS false;",
             "",
@@ -112,7 +116,7 @@ def script(provisioner: str, password: str) -> str:
     )
 
 
-def _fill(text: str, provisioner: str, password: str) -> sql.Composed:
+def _fill(text: str, provisioner: str, password: str, iterations: int) -> sql.Composed:
     role, group = sql.Identifier(provisioner), sql.Identifier(OWNER_GROUP)
     grant_16 = sql.SQL("GRANT {} TO {} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE").format(group, role).as_string(None)
     return sql.SQL(text).format(
@@ -122,5 +126,5 @@ def _fill(text: str, provisioner: str, password: str) -> sql.Composed:
         group_text=sql.Literal(OWNER_GROUP),
         grant_16=sql.Literal(grant_16),
         template=sql.Identifier(TEMPLATE),
-        verifier=sql.Literal(scram.verifier(password)),
+        verifier=sql.Literal(scram.verifier(password, iterations=iterations)),
     )

@@ -35,12 +35,12 @@ _LEFT_OUT = (
     *(f"--no-{what}" for what in ("owner", "acl", "publications", "subscriptions", "security-labels", "tablespaces")),
 )
 _SERVER_SAID, _PROGRAM_SAID = re.compile(r"(?:ERROR|FATAL):\s+(.+)"), re.compile(r"pg_(?:dump|restore): error: (.+)")
-_ENTRY = re.compile(r"from TOC entry \d+; \d+ \d+ ([A-Z ]+) (\S+ \S+)")
 # What the server says may quote a row, so only what names objects alone is repeated.
 _REPEATED = re.compile(
-    r"(permission denied|must be|only roles with|role \"|schema \"|relation \"|type \"|extension \"|language \"|function |database \"|"
-    r"could not open extension|unrecognized configuration parameter|unsupported version|connection to server|could not write|"
-    r"could not read|query would be affected by row-level security|canceling statement due to|no space left|terminating connection)",
+    r"(permission denied|must be|only roles with|(?:role|schema|relation|type|extension|language|database) \"|function |could not open"
+    r"|could not (?:read|write)|unrecognized configuration parameter|unsupported version|connection to server|no schema has been"
+    r"|cannot run inside|duplicate key value|insert or update on table|null value in column|query would be affected by row-level security"
+    r"|canceling statement due to|no space left|terminating connection)",
     re.IGNORECASE,
 )
 _ABOUT = "SELECT split_part(current_setting('server_version'), ' ', 1), pg_database_size(current_database())"
@@ -53,7 +53,10 @@ JOIN pg_class c ON c.oid = d.refobjid JOIN pg_attribute a ON a.attrelid = c.oid 
 WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
   AND pg_get_userbyid(s.relowner) = current_user AND q.seqincrement > 0
 """
-_ADVANCE = "SELECT setval({}::regclass, m.v) FROM (SELECT max({}) AS v FROM {}) AS m WHERE m.v > (SELECT last_value FROM {})"
+_ADVANCE = (
+    "SELECT pg_catalog.setval({}::pg_catalog.regclass, m.v) FROM (SELECT pg_catalog.max({}) AS v FROM {}) AS m"
+    " WHERE m.v > (SELECT last_value FROM {})"
+)
 
 
 class PostgreSQLCarrier:
@@ -198,11 +201,9 @@ def _reason(said: str, code: int) -> str:
     """What went wrong, in a line without a row in it."""
     messages = _SERVER_SAID.findall(said) or _PROGRAM_SAID.findall(said)
     known = next((message for message in messages if _REPEATED.match(message)), None)
-    entry = _ENTRY.search(said)
-    where = f" (at {entry[1].strip()} {entry[2].removeprefix('- ')})" if entry else ""
     if known is None:
         known = f"the program ended with {code}" if not messages else "a statement failed, and the log of the server says why"
-    return "".join(each if each.isprintable() else " " for each in f"{known[:200]}{where}")
+    return "".join(each if each.isprintable() else " " for each in known[:200])
 
 
 def _major(version: str) -> int:

@@ -68,7 +68,7 @@ class PostgreSQLDoctor:
         def look() -> list[Weakness]:
             nonlocal catalogue
             catalogue = Catalogue.read(connection, tenants, whole=whole)
-            found = [*self._server_wide(connection, catalogue, tenants, templates)] if whole else []
+            found = [*self._server_wide(connection, tenants, templates)] if whole else []
             for patient in patients:
                 found += map(functools.partial(_only_if_unchanged, patient), self._from_outside(catalogue, patient))
             return found
@@ -105,9 +105,7 @@ class PostgreSQLDoctor:
 
     # -- the server --------------------------------------------------------------------------------------------------------------------
 
-    def _server_wide(
-        self, connection: Connection, catalogue: Catalogue, tenants: Sequence[Tenant], templates: Sequence[Template]
-    ) -> Iterator[Weakness]:
+    def _server_wide(self, connection: Connection, tenants: Sequence[Tenant], templates: Sequence[Template]) -> Iterator[Weakness]:
         yield from server_doors(connection, self._settings)
         make = Findings()
         golden = [template.database for template in templates]

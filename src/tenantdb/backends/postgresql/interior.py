@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from tenantdb.backends.postgresql import recordlog
 from tenantdb.backends.postgresql.bootstrap import DOORS
 from tenantdb.backends.postgresql.catalogue import Connection, Findings, run, statement
 from tenantdb.backends.weakness import Weakness
@@ -33,17 +34,18 @@ SELECT count(*) FROM (
     UNION ALL SELECT proowner FROM pg_proc UNION ALL SELECT nspowner FROM pg_namespace WHERE nspname !~ '^pg_'
 ) AS owned WHERE owner = (SELECT oid FROM pg_roles WHERE rolname = %s)
 """
-_EXTENSIONS_OWN = "EXISTS (SELECT FROM pg_depend e WHERE e.classid = 'pg_proc'::regclass AND e.objid = p.oid AND e.deptype = 'e')"
+# An extension's, or those that make the values of a range type, which are always the superuser's.
+_NOBODYS = "EXISTS (SELECT FROM pg_depend e WHERE e.classid = 'pg_proc'::regclass AND e.objid = p.oid AND e.deptype IN ('e', 'i'))"
 _FUNCTIONS = f"""
 SELECT n.nspname, format('%%I.%%I(%%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)),
        EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a WHERE a.grantee = 0),
        p.prosecdef AND NOT EXISTS (SELECT FROM unnest(p.proconfig) AS c WHERE c LIKE 'search_path=%%')
 FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-WHERE n.nspname NOT IN ('pg_catalog', 'information_schema') AND NOT {_EXTENSIONS_OWN} ORDER BY 2
+WHERE n.nspname NOT IN ('pg_catalog', 'information_schema') AND NOT {_NOBODYS} ORDER BY 2
 """
 # An extension brings functions that PUBLIC may execute, and some of them reach files and other servers (dblink, file_fdw). So what the
 # template holds must have been asked for, or be required by one that was.
-_EXTENSIONS = """
+EXTENSIONS = """
 WITH RECURSIVE wanted(oid) AS (
     SELECT oid FROM pg_extension WHERE extname = 'plpgsql' OR extname = ANY(%s)
     UNION SELECT d.refobjid FROM pg_depend d JOIN wanted w ON d.objid = w.oid
@@ -66,6 +68,7 @@ SELECT c.relkind = 'r' AND c.relowner = me.oid AND n.nspowner = me.oid
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_roles me
 WHERE n.nspname = 'tenantdb' AND c.relname = 'identity' AND me.rolname = current_user
 """
+_RECORD_LOG = "SELECT to_regclass('tenantdb.audit') IS NOT NULL OR to_regnamespace('tenantdb') IS NULL"  # without the schema: no stamp
 _IDENTITY = "SELECT tenant_id::text FROM ONLY tenantdb.identity"
 
 _KINDS = {
@@ -91,22 +94,23 @@ def look_inside(connection: Connection, tenant: Tenant, server: Server, settings
     yield from _defaults(make, connection, tenant, known)
     if settings.hardening == "full":
         yield from _closed_by_the_template(make, connection, subject)
-    for (name,) in connection.execute(_EXTENSIONS, [list(server.extensions)]).fetchall():
+    for (name,) in connection.execute(EXTENSIONS, [list(server.extensions)]).fetchall():
         text = f"the extension {name} is there, and the server's extensions= do not name it"
         repair = statement("as a superuser in the database: DROP EXTENSION {}; or name it in db.servers.add(extensions=...)", name)
         yield make.problem("extension", subject, text, repair)
     if not _stamped(connection, tenant):
         repair = "find out which tenant's database this is before anybody uses it; a restored copy is brought in with its own stamp"
         yield make.problem("identity", subject, "the identity stamp is not the tenant's", repair)
-
-
-def look_at_clone(connection: Connection, tenant: Tenant, server: Server) -> Iterator[Weakness]:
-    """What may still be the golden database's in a clone of it: who owns the schemas, and the identity stamp."""
-    make = Findings(tenant.id)
-    yield from _schemas(make, connection.execute(_SCHEMAS).fetchall(), tenant, server)
-    if not _stamped(connection, tenant):
-        repair = "it was just made; let the doctor look at the golden database and at the provisioner"
-        yield make.problem("identity", f"database {tenant.database}", "the identity stamp is not the tenant's", repair)
+    row = connection.execute(_RECORD_LOG).fetchone()
+    if row is None or not row[0]:
+        names = sql.Identifier(tenant.owner_role or ""), sql.Identifier(tenant.runtime_role or "")
+        yield make.problem(
+            "record-log-missing",
+            subject,
+            "the database has no audit log of its records, as those made before there was one",
+            "`tenantdb doctor --repair` makes it",
+            mend=lambda inside: recordlog.make(inside, *names),
+        )
 
 
 def _schemas(make: Findings, schemas: Sequence[tuple[Any, ...]], tenant: Tenant, server: Server) -> Iterator[Weakness]:

@@ -31,6 +31,7 @@ def upgrade() -> None:
     op.add_column("tenantdb_audit", sa.Column("mac", sa.LargeBinary))
     op.add_column("tenantdb_audit", sa.Column("reason", sa.Text))
     op.add_column("tenantdb_audit", sa.Column("source", sa.Text))
+    op.create_index("tenantdb_audit_tenant_id_seq_idx", "tenantdb_audit", ["tenant_id", "seq"])
     op.create_table(
         "tenantdb_audit_heads",
         sa.Column("chain", sa.Uuid, nullable=False),
