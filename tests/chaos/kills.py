@@ -6,6 +6,7 @@ workshop. `Killer.count` runs an operation to its end and says how many there ar
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import signal
@@ -49,14 +50,18 @@ class Killer:
         before that."""
         return self._fork(act, point, delay) == ([], "killed")
 
-    def _fork(self, act: Act, point: int | None, delay: float = 0.0) -> Found:
+    def strike(self, act: Act, point: int, fault: Callable[[], object]) -> str | None:
+        """Run it, and let a fault happen at a point, such as a lost connection or a full disk: what came of it, None where it succeeded."""
+        return self._fork(act, point, fault=fault)[1]
+
+    def _fork(self, act: Act, point: int | None, delay: float = 0.0, fault: Callable[[], object] | None = None) -> Found:
         reader, writer = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the child makes nothing of the parent's threads
             child = os.fork()
         if child == 0:
             os.close(reader)
-            self._run(act, point, delay, writer)
+            self._run(act, point, fault or functools.partial(_die, delay), writer)
         os.close(writer)
         with os.fdopen(reader, "rb") as told:
             said = told.read()
@@ -67,17 +72,14 @@ class Killer:
         found: Found = pickle.loads(said)
         return found
 
-    def _run(self, act: Act, point: int | None, delay: float, writer: int) -> None:
+    def _run(self, act: Act, point: int | None, fault: Callable[[], object], writer: int) -> None:
         passed: list[str] = []
         problem: str | None = None
 
         def come_to(name: str) -> None:
-            if len(passed) == point:
-                if delay:
-                    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-                else:
-                    os.kill(os.getpid(), signal.SIGKILL)
             passed.append(name)
+            if len(passed) - 1 == point:
+                fault()
 
         try:
             with _watched(come_to):
@@ -90,6 +92,13 @@ class Killer:
             told.write(pickle.dumps((passed, problem)))
         sys.stdout.flush()
         os._exit(0)
+
+
+def _die(delay: float) -> None:
+    if delay:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

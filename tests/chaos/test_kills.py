@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +124,9 @@ def provision(ground: Ground) -> Any:
             tenant = ground.db.tenants.get(slug)
         except errors.TenantNotFound:
             tenant = ground.db.provision(slug)
+        if tenant.state is TenantState.FAILED:  # with a reason: whoever asked for it asks again
+            assert tenant.reason
+            tenant = ground.db.provision(slug, exist_ok=True)
         assert tenant.state is TenantState.ACTIVE
         ground.check_works(tenant)
 
@@ -261,6 +266,65 @@ def _survey(ground: Ground, tenant: Tenant | None, slug: str, check: Callable[[G
         raise
 
 
+def cut(ground: Ground) -> Callable[[], object]:
+    """Every connection of the application is ended by the server, as in a restart."""
+    if not isinstance(ground.world, PostgreSQLWorld):
+        return lambda: None
+    url = ground.world.superuser_url
+
+    def end_all() -> None:
+        with psycopg.connect(url, autocommit=True) as superuser:
+            superuser.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND usename IN ('app', 'admin', 'prov') AND application_name = %s",
+                [f"tenantdb/{os.getpid()}"],
+            )
+
+    return end_all
+
+
+def full(ground: Ground) -> Callable[[], object]:
+    """The disk of the database server is full."""
+
+    def refuse() -> None:
+        if ground.has_roles:
+            raise psycopg.errors.DiskFull("could not extend file: No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return refuse
+
+
+def denied(ground: Ground) -> Callable[[], object]:
+    """Somebody has taken a right from the provisioner."""
+
+    def refuse() -> None:
+        if ground.has_roles:
+            raise psycopg.errors.InsufficientPrivilege("permission denied to create database")
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    return refuse
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", [cut, full, denied], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_a_fault_at_any_point_leaves_whole_or_absent(
+    ground: Ground, operation: Operation, fault: Callable[[Ground], Callable[[], object]]
+) -> None:
+    """As a kill, but that the process lives on, tells its caller, and writes down why."""
+    if not ground.has_roles and (fault is cut or operation is rotate):
+        return  # a file is cut off from nobody, and has no passwords
+    killer = ground.killer()
+    points = killer.points(operation(ground)[2])
+    chosen = (
+        range(len(points)) if fault is cut else [n for n, name in enumerate(points) if name.startswith("before ") and "commit" not in name]
+    )
+    for number in chosen:
+        tenant, slug, act, check = operation(ground)
+        killer.strike(act, number, fault(ground))
+        _survey(ground, tenant, slug, check, f"{fault.__name__} at point {number}, {points[number]}")
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("delay", [0.0005, 0.002, 0.005, 0.01, 0.02])
 @pytest.mark.parametrize(("operation", "statement"), [(provision, "before create_database"), (purge, "before drop_database")])
@@ -280,7 +344,7 @@ def test_a_kill_in_the_middle_of_a_long_statement_too(ground: Ground, operation:
 def test_without_resume_the_sweep_finds_what_was_left(ground: Ground, operation: Operation, at: str) -> None:
     killer = ground.killer()
     number = killer.points(operation(ground)[2]).index(at)
-    tenant, slug, act, check = operation(ground)
+    _, slug, act, check = operation(ground)
     assert killer.kill(act, number)
 
     with pytest.raises((AssertionError, errors.TenantDBError)):

@@ -364,6 +364,27 @@ def test_a_file_that_was_changed_or_taken_away_before_it_was_loaded_leaves_a_fai
     assert db.import_(slug, path).state is TenantState.ACTIVE
 
 
+def test_who_wants_whatever_is_there_has_an_import_too_and_who_signs_up_has_not(
+    db: TenantDB, exported: Export, kept: Callable[[str], Tenant], slug: str
+) -> None:
+    def boom(*_: Any) -> None:
+        raise Boom
+
+    with procedures.before("migrate", boom, kind=kinds.IMPORT), pytest.raises(errors.ProvisioningError):
+        db.import_(slug, exported.path)
+    with pytest.raises(errors.TenantExists):
+        db.provision(slug)
+
+    made = db.provision(slug, exist_ok=True)
+
+    assert made.state is TenantState.ACTIVE
+    assert db.provision(slug, exist_ok=True).id == made.id
+    with pytest.raises(errors.TenantExists):
+        db.provision(slug)
+    with db.session(kept(slug)) as session:
+        assert session.scalars(NOTES).all() == [1, 2, 7]
+
+
 def test_importing_without_a_provisioner_is_refused_before_anything_is_made(estate: Estate, process: MakeProcess, exported: Export) -> None:
     if estate.backend == "sqlite":
         pytest.skip("there is always a provisioner")

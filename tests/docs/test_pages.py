@@ -24,7 +24,14 @@ ELSEWHERE = {
     "howto/spares.md",
     "howto/adopt.md",
 }  # followed by a test of their own
-IN_THE_SHOP = ["howto/alembic.md", "howto/scripts.md", "howto/logging.md", "howto/audit.md", "howto/lifecycle.md", "howto/export-and-clone.md"]
+IN_THE_SHOP = [
+    "howto/alembic.md",
+    "howto/scripts.md",
+    "howto/logging.md",
+    "howto/audit.md",
+    "howto/lifecycle.md",
+    "howto/export-and-clone.md",
+]
 
 
 @pytest.mark.parametrize("page", IN_THE_SHOP)
@@ -49,9 +56,7 @@ def test_the_fixtures_test_the_shop_on_sqlite_and_on_postgresql(shop: Reader) ->
 
 @pytest.mark.parametrize("page", ["howto/workers.md", "howto/spares.md"])
 @pytest.mark.timeout(300)
-def test_a_web_process_and_a_worker_do_together_what_neither_may_alone(
-    page: str, shop: Reader, postgresql_world: PostgreSQLWorld
-) -> None:
+def test_a_web_process_and_a_worker_do_together_what_neither_may_alone(page: str, shop: Reader, postgresql_world: PostgreSQLWorld) -> None:
     settings = postgresql_world._new_registry()
     runtime_keys = Keyring(settings["secret_keys"]).derive("runtime")
     web = {"TENANTDB_URL": settings["url"], "TENANTDB_SECRET_KEYS": " ".join(runtime_keys)}

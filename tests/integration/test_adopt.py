@@ -62,7 +62,8 @@ INSERT INTO billing.invoices (amount) VALUES (12.5)
 
 SNAPSHOT = """
 SELECT 'database', datname, pg_get_userbyid(datdba),
-       array(SELECT x::text FROM unnest(coalesce(datacl, acldefault('d', datdba))) x ORDER BY 1)::text, datconnlimit::text, datallowconn::text
+       array(SELECT x::text FROM unnest(coalesce(datacl, acldefault('d', datdba))) x ORDER BY 1)::text,
+       datconnlimit::text, datallowconn::text
 FROM pg_database WHERE datname = current_database()
 UNION ALL SELECT 'schema', nspname, pg_get_userbyid(nspowner),
        array(SELECT x::text FROM unnest(coalesce(nspacl, acldefault('n', nspowner))) x ORDER BY 1)::text, '', ''
@@ -139,9 +140,7 @@ def opened(open_db: OpenDB, **options: Any) -> TenantDB:
     """With a server on which the hand-made databases' extension and second schema are known."""
     db = open_db(**options)
     known = db.servers.get("default")
-    db.servers.add(
-        "default", backend=known.backend, host=known.host, port=known.port, extensions=["citext"], schemas=["billing"]
-    )
+    db.servers.add("default", backend=known.backend, host=known.host, port=known.port, extensions=["citext"], schemas=["billing"])
     return db
 
 
@@ -388,9 +387,7 @@ def test_a_plain_owner_needs_one_grant_of_a_superuser(open_db: OpenDB, made: Han
 
 
 @pytest.mark.services
-def test_before_16_the_provisioner_makes_itself_a_member(
-    debian_cluster: Cluster, scripts: Scripts, request: pytest.FixtureRequest
-) -> None:
+def test_before_16_the_provisioner_makes_itself_a_member(debian_cluster: Cluster, scripts: Scripts, request: pytest.FixtureRequest) -> None:
     made = HandMade(debian_cluster).make()
     made_dbs: list[TenantDB] = []
     registry = debian_cluster.new_registry()
@@ -494,7 +491,13 @@ def dies(cluster: Cluster, db: TenantDB, kind: str, verb: str, step: str, point:
     settings = {**cluster.tenantdb_arguments(db.settings.url.database or ""), "secret_keys": [KEY], "migrations": db.settings.migrations}
     order = {"kind": kind, "verb": verb, "step": step, "point": point, "arguments": arguments, "settings": settings}
     ended = subprocess.run(
-        [sys.executable, "-c", DYING], input=json.dumps(order), text=True, cwd=Path(__file__).parents[2], capture_output=True, timeout=60
+        [sys.executable, "-c", DYING],
+        input=json.dumps(order),
+        text=True,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        timeout=60,
+        check=False,
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,7 +38,7 @@ def count_upgrades(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     upgrade = Migrations.upgrade
 
     def counted(self: Migrations, engine: Any, *arguments: Any, **named: Any) -> Any:
-        upgrades.append(engine)
+        upgrades.append("".join(traceback.format_stack(limit=8)))
         return upgrade(self, engine, *arguments, **named)
 
     monkeypatch.setattr(Migrations, "upgrade", counted)
@@ -60,8 +61,8 @@ def test_of_eight_who_provision_at_once_in_two_processes_one_builds_it(
 
     assert {tenant.revision for tenant in tenants} == {"001"}
     assert len({tenant.database for tenant in tenants}) == 8
-    assert len(upgrades) == 1
     [golden] = templates(processes[0])
+    assert len(upgrades) == 1
     assert (golden.revision, golden.state) == ("001", TemplateState.CURRENT)
     assert on_the_server(cluster, [golden]) == {golden.database, golden.owner_role}
     assert processes[0].provision("one-more").revision == "001" and len(upgrades) == 1

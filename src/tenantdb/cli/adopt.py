@@ -61,7 +61,7 @@ def adopt(
 @json_option
 @pass_invocation
 def give_back(invocation: Invocation, slug: str, again: str) -> None:
-    """Give an adopted tenant's database back to who owned it.
+    """Give an adopted database back to who owned it.
 
     The tenant is deleted before. Its data stays in the database; the audit log of its records, which is tenantdb's, goes. The URL of a
     superuser's login comes from TENANTDB_ADOPT_URL, where one was needed to adopt it.

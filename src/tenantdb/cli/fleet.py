@@ -18,7 +18,8 @@ from tenantdb.errors import describe
 def migrate(invocation: Invocation, tenant: str | None) -> None:
     """Bring all tenants to the newest revision.
 
-    One after the other. One that fails stays where it was, with nothing of the failed migration left behind, and the others go on.
+    One after the other, and spares too. One that fails stays where it was, with nothing of the failed migration left behind, and the others
+    go on.
     """
     db = invocation.database()
     migrations = db.migrations
@@ -39,9 +40,10 @@ def migrate(invocation: Invocation, tenant: str | None) -> None:
             migrated.append({"tenant": each.slug, "from": each.revision, "to": done.revision})
             if not invocation.json:
                 click.echo(f"{each.slug}: {each.revision or 'empty'} -> {done.revision or 'empty'}")
+    spares = db.spares.refresh() if tenant is None else 0
     at_head = sum(each.revision == head for each in db.tenants.list())
     if invocation.json:
-        output.document({"head": head, "migrated": migrated, "failed": failed, "at_head": at_head})
+        output.document({"head": head, "migrated": migrated, "failed": failed, "at_head": at_head, "spares": spares})
     else:
         click.echo(f"at head {head or '(there are no revisions)'}: {at_head}; migrated now: {len(migrated)}; failed: {len(failed)}")
     if failed:

@@ -13,6 +13,8 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -74,6 +76,17 @@ class Golden:
             found = self._find(server, revision, key[2], workshop)
             self._known[key] = found, time.monotonic() + self._settings.cache_ttl
         return found
+
+    def prepare(self, server: Server, workshop: Callable[[Server], AbstractContextManager[Workshop]]) -> None:
+        """Build it ahead, so that the first sign-up of a release does not wait for it. Asks once per head and server. Raises: as
+        `template`."""
+        if self._settings.migrations is None:
+            return
+        revision, contents = self._scripts().identity()
+        key = server.id, revision, self._digest(server, contents)
+        if key not in self._known:
+            with workshop(server) as opened:
+                self.template(server, opened)
 
     def _find(self, server: Server, revision: str | None, digest: str, workshop: Workshop) -> Template:
         waited_until = time.monotonic() + _PATIENCE

@@ -74,7 +74,7 @@ class Lifecycle:
             raise PurgeRefused(tenant.slug, "there is a legal hold on it; `tenantdb release` ends that")
         adopted = None if tenant.adopted_from is None else self._registry.operations.for_tenant(tenant.id, kinds=[ADOPT])
         if adopted is not None and adopted.state is not OperationState.DONE:
-            raise PurgeRefused(tenant.slug, "it was never wholly adopted, so its database may be somebody else's still; give it back instead")
+            raise PurgeRefused(tenant.slug, "it was never wholly adopted, so its database may be another's still; give it back instead")
         if tenant.state is TenantState.PURGING:
             operation = self._registry.operations.for_tenant(tenant.id, kinds=[PURGE])
             if operation is not None:

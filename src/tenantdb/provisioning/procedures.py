@@ -42,8 +42,8 @@ _LIFT = Step("lift", ending.lift)
 PROCEDURES: Mapping[str, Procedure] = {
     kinds.PROVISION: Procedure((*_MAKE, _ASK), end=steps.serve, makes=True),
     kinds.TAKE: Procedure((_ASK_FIRST, _SEED, _ASK), end=steps.serve, makes=True),
-    kinds.SPARE: Procedure(_MAKE, end=steps.offer),
-    kinds.REFRESH: Procedure((Step("migrate", steps.migrate, steps.is_behind),), end=steps.offer),
+    kinds.SPARE: Procedure(_MAKE, end=steps.offer, insists=True),
+    kinds.REFRESH: Procedure((Step("migrate", steps.migrate, steps.is_behind),), end=steps.offer, insists=True),
     kinds.IMPORT: Procedure((*_FILL, _ASK), end=steps.serve, makes=True),
     kinds.CLONE: Procedure((*_FILL, Step("neutralise", importing.neutralise), _ASK), end=steps.serve, makes=True),
     kinds.ADOPT: Procedure(

@@ -11,7 +11,7 @@ from tenantdb.provisioning.lease import LEASE, worker
 from tenantdb.provisioning.procedures import Runner
 from tenantdb.provisioning.spares import Spares
 from tenantdb.registry import Hands, SignUp
-from tenantdb.registry.operations import PROVISION, TAKE, Operation, OperationState
+from tenantdb.registry.operations import CLONE, IMPORT, PROVISION, TAKE, Operation, OperationState
 from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.tables import utcnow
 from tenantdb.resolvers import canonical_slug
@@ -19,6 +19,7 @@ from tenantdb.resolvers import canonical_slug
 Owner = User | UUID | NewUser | None
 
 _MAKING = (PROVISION, TAKE)
+_FILLING = (IMPORT, CLONE)  # whoever says ``exist_ok`` has or continues those too; nobody signs up for one
 
 
 class Provisioner:
@@ -102,7 +103,7 @@ class Provisioner:
             tenant = self._registry.tenants.get(request.slug)
         except TenantNotFound:
             raise error from None
-        operation = self._registry.operations.for_tenant(tenant.id, kinds=_MAKING)
+        operation = self._registry.operations.for_tenant(tenant.id, kinds=(*_MAKING, *_FILLING) if exist_ok else _MAKING)
         if operation is None:
             raise error
         if exist_ok:

@@ -66,8 +66,8 @@ class Worker:
         while stop is None or not stop.is_set():
             try:
                 worked = self._next()
-                if worked is None and self._settings.spares:
-                    self._top_up()
+                if worked is None:
+                    self._prepare()
             except RegistryError as error:
                 if stop is None:
                     raise
@@ -96,15 +96,20 @@ class Worker:
                 return False
             return True
 
-    def _top_up(self) -> None:
+    def _prepare(self) -> None:
+        """With nothing else to do: golden databases at the head, and spares. What cannot be made now is tried again."""
         try:
-            self._spares.fill()
+            for server in self._registry.servers.list():
+                if server.name in self._settings.provisioners:
+                    self._runner.shop.golden.prepare(server, self._runner.shop.workshop)
+            if self._settings.spares:
+                self._spares.fill()
         except RegistryError:
             raise
         except TenantDBError as error:
-            logger.warning("no spares could be made: %s", error.explain())
-        except Exception as error:
-            logger.error("no spares could be made: %s", describe_with_frames(error))
+            logger.warning("golden databases or spares could not be made: %s", error.explain())
+        except Exception as error:  # of a migration or a seed
+            logger.error("golden databases or spares could not be made: %s", describe_with_frames(error))
 
     def resume(self) -> Resumed:
         finished: list[tuple[str, str]] = []
@@ -145,6 +150,7 @@ class Worker:
                 continue
             before = self._registry.tenants.on_server(server)
             with self._runner.shop.workshop(server) as workshop:
+                self._runner.shop.golden.drop_retired(server, workshop)
                 databases, roles = workshop.ours()
                 missing = [tenant for tenant in before if tenant.database and not workshop.find_database(tenant.database)]
             rows = self._registry.tenants.on_server(server)  # read after the server: whatever is made has a row first

@@ -52,14 +52,15 @@ class TemplateStore:
         """
         with self._transactions.admin_write() as connection:
             connection.execute(select(tables.servers.c.id).where(tables.servers.c.id == server.id).with_for_update())  # one at a time
-            if _find(connection, server, revision, digest, TemplateState.CURRENT) is not None:
-                return None
             now = now_at(connection)
             building = (_templates.c.server_id == server.id) & (_templates.c.state == TemplateState.BUILDING.value)
             connection.execute(
                 update(_templates).where(building & (_templates.c.lease_until <= now)).values(state=TemplateState.RETIRED.value)
             )
             if connection.execute(select(_templates.c.id).where(building)).first() is not None:
+                return None
+            # In this order: one that is switched to in between is seen by the second look.
+            if _find(connection, server, revision, digest, TemplateState.CURRENT) is not None:
                 return None
             values: dict[str, Any] = {
                 "id": uuid.uuid4(),

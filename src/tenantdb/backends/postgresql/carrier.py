@@ -37,8 +37,8 @@ _LEFT_OUT = (
 _SERVER_SAID, _PROGRAM_SAID = re.compile(r"(?:ERROR|FATAL):\s+(.+)"), re.compile(r"pg_(?:dump|restore): error: (.+)")
 # What the server says may quote a row, so only what names objects alone is repeated.
 _REPEATED = re.compile(
-    r"(permission denied|must be|only roles with|(?:role|schema|relation|type|extension|language|database) \"|function |could not open"
-    r"|could not (?:read|write)|unrecognized configuration parameter|unsupported version|connection to server|no schema has been"
+    r"(permission denied|must be|must have|only roles with|(?:role|schema|relation|type|extension|language|database) \"|function "
+    r"|could not (?:open|read|write)|unrecognized configuration parameter|unsupported version|connection to server|no schema has been"
     r"|cannot run inside|duplicate key value|insert or update on table|null value in column|query would be affected by row-level security"
     r"|canceling statement due to|no space left|terminating connection)",
     re.IGNORECASE,
