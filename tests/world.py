@@ -35,11 +35,14 @@ class World(ABC):
 
     def __init__(self) -> None:
         self._made: list[TenantDB] = []
+        self._given: dict[TenantDB, dict[str, Any]] = {}
 
     def make_db(self, *, init: bool = True, **overrides: Any) -> TenantDB:
         """An application with a fresh registry. It is closed with the world, or earlier by whoever asked for it."""
-        db = TenantDB(**{**self._new_registry(), **overrides})
+        given = {**self._new_registry(), **overrides}
+        db = TenantDB(**given)
         self._made.append(db)
+        self._given[db] = given
         if init:
             db.init()
         return db
@@ -50,6 +53,10 @@ class World(ABC):
         twin = TenantDB(Settings(**{**given, **overrides}), session_class=db.session_class)
         self._made.append(twin)
         return twin
+
+    def given(self, db: TenantDB) -> dict[str, Any]:
+        """What one from `make_db` was made of, passwords included, for a process that is really another."""
+        return dict(self._given[db])
 
     def close(self) -> None:
         for db in self._made:

@@ -273,6 +273,29 @@ def test_data_that_is_no_database_makes_no_tenant_even_where_the_hashes_fit(
     assert kept(slug).state is TenantState.FAILED
 
 
+def test_data_at_another_revision_than_the_manifest_says_makes_no_tenant(
+    db: TenantDB, exported: Export, kept: Callable[[str], Tenant], slug: str
+) -> None:
+    path = rewritten(Path(exported.path), lambda content: with_manifest(content, revision=None))
+
+    with pytest.raises(errors.ProvisioningError, match="manifest"):
+        db.import_(slug, path)
+
+    assert kept(slug).state is TenantState.FAILED
+
+
+def test_a_tenant_that_is_migrated_while_it_is_exported_is_not_exported(
+    db: TenantDB, noted: Tenant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(["0001", "0002"])
+    monkeypatch.setattr("tenantdb.provisioning.transfer.current_revision", lambda _: next(found))
+
+    with pytest.raises(errors.ExportError, match="migrated meanwhile"):
+        db.export(noted, tmp_path / "acme.tar")
+
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("planted", ["TABLE tenantdb_identity (tenant_id, stamped_at)", "VIEW TENANTDB_identity AS SELECT 1"])
 def test_a_file_of_sqlite_brings_no_identity_stamp_of_its_own(
     estate: Estate, db: TenantDB, exported: Export, kept: Callable[[str], Tenant], slug: str, tmp_path: Path, planted: str

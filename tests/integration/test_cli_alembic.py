@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url, select
 
 from tenantdb.migrations import init
+from tenantdb.registry.tables import templates
 from tests.cli_process import PRICE, Shell, write_shop
 from tests.world import PostgreSQLWorld, pg_world
 
@@ -115,14 +117,17 @@ UNTOUCHED = {"acme": ("001", OLD), "beta": ("001", OLD)}
 
 @pytest.fixture
 def nothing_left(empty: Shell, request: pytest.FixtureRequest) -> Iterator[None]:
-    """No scratch database survives the test: neither a file nor a database on the server that is no tenant's."""
+    """No scratch database survives the test: neither a file nor a database on the server that is no tenant's and no golden one."""
     postgresql: PostgreSQLWorld | None = request.getfixturevalue("world") if "TENANTDB_SERVER" in empty.exports else None
     before = databases(postgresql)
     yield
     assert list((empty.folder / "temporary").iterdir()) == []
     if postgresql is not None:
         tenants = {tenant["database"] for tenant in empty.json("list")}
-        assert tenants and databases(postgresql) - before == tenants
+        central = make_url(empty.exports["TENANTDB_URL"]).database or ""
+        with postgresql.connect(central) as registry:
+            golden = set(registry.scalars(select(templates.c.database)))
+        assert tenants and databases(postgresql) - before == tenants | golden
 
 
 def databases(world: PostgreSQLWorld | None) -> set[str]:

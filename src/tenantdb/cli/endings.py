@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import click
 
@@ -80,12 +81,28 @@ def purge(invocation: Invocation, slug: str | None, again: str | None, immediate
         raise UsageProblem(f"{certificate} exists already; nothing was purged")
     purged = db.purge(tenant, confirm=again, immediately=immediately)
     if purged.state is not TenantState.PURGED:
-        output.say(f"{tenant.slug} is {purged.state}; `tenantdb worker` erases it, and `tenantdb purge {tenant.id}` shows the certificate.")
+        output.say(f"`tenantdb worker` erases it; then `tenantdb certificate {tenant.id}` prints the certificate.")
         _told(invocation, purged)
         return
     proof = dict(db.tenants.certificate(tenant.id))
     if certificate is not None:
         certificate.write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
+    if invocation.json:
+        output.document(proof)
+    else:
+        output.record(proof)
+
+
+@click.command()
+@click.argument("tenant_id", metavar="ID", type=click.UUID)
+@json_option
+@pass_invocation
+def certificate(invocation: Invocation, tenant_id: UUID) -> None:
+    """Print what was erased when a tenant was purged.
+
+    ID is the tenant's id: its slug is free again, and may be somebody else's.
+    """
+    proof = dict(invocation.database().tenants.certificate(tenant_id))
     if invocation.json:
         output.document(proof)
     else:

@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         endings.delete,
         endings.restore,
         endings.purge,
+        endings.certificate,
         endings.hold,
         endings.release,
         adopt.adopt,

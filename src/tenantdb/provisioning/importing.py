@@ -84,7 +84,8 @@ def load(work: Work) -> Also | None:
             carrier.settle(connection)
         with engine.connect() as connection:
             revision = current_revision(connection)
-    check_revision(revision, work.settings)
+    if revision != export.revision:
+        raise ImportRefused(f"its data is at revision {revision!r}, and its manifest says {export.revision!r}")
     _verify(work)
     work.revision = revision
 

@@ -33,14 +33,15 @@ class _Worker:
     number."""
 
     def __init__(self) -> None:
-        self._pid = 0
-        self._name = ""
+        self._named = (0, "")
 
     def __str__(self) -> str:
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._name = f"{socket.gethostname()}/{_namespace()}/{self._pid}/{secrets.token_hex(4)}"
-        return self._name
+        pid, name = self._named
+        if pid != os.getpid():
+            pid = os.getpid()
+            name = f"{socket.gethostname()}/{_namespace()}/{pid}/{secrets.token_hex(4)}"
+            self._named = pid, name  # at once: a thread that saw the number without the name would call itself what others are called
+        return name
 
 
 _worker = _Worker()

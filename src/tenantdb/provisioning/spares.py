@@ -117,6 +117,7 @@ class Spares:
 
     def _run(self, operation: Operation) -> None:
         """One that cannot be finished is dropped: there is nothing in it to lose."""
+        self._none_until.clear()
         try:
             self._runner.run_now(operation)
         except OperationInProgress:

@@ -10,11 +10,13 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from tenantdb.backends import CarryFailed, backend
@@ -90,7 +92,7 @@ class Transfer:
     def _write(self, record: TenantRecord, file: Any, target: Path, progress: Progress) -> Export:
         assert record.server is not None
         carrier = backend(record.server.backend).carrier(self._locate(record), self._settings)
-        with self._engines.passing(record, DatabaseRole.OWNER) as engine, engine.connect() as connection:
+        with self._inside(record) as connection:
             there, revision = carrier.look(connection), current_revision(connection)
         about = archive.About(
             tenant=record.tenant.id,
@@ -105,7 +107,16 @@ class Transfer:
             progress(min(done, there.size), there.size)
 
         with self._engines.place(record.server, "an export"):
-            return archive.write(file, target, about, carrier.member, lambda out: carrier.dump(out, target.parent, there), tell)
+            made = archive.write(file, target, about, carrier.member, lambda out: carrier.dump(out, target.parent, there), tell)
+        with self._inside(record) as connection:
+            if current_revision(connection) != revision:
+                raise ExportError(record.tenant.slug, "it was migrated meanwhile; export it again")
+        return made
+
+    @contextmanager
+    def _inside(self, record: TenantRecord) -> Iterator[Connection]:
+        with self._engines.passing(record, DatabaseRole.OWNER) as engine, engine.connect() as connection:
+            yield connection
 
     def _locate(self, record: TenantRecord) -> Any:
         """Where the owner role enters. Raises: `ExportError` in a process that has not its secrets."""

@@ -274,7 +274,11 @@ def _revisions(connection: Connection) -> tuple[str, ...] | None:
         return None
     if not row[0]:  # a view, perhaps: what it says is read as the owner role, later
         return ()
-    return tuple(version for (version,) in connection.execute("SELECT version_num FROM ONLY public.alembic_version"))
+    with connection.transaction():  # locked, it stays what it was found to be: a view in its place would run code with a superuser's rights
+        connection.execute("LOCK TABLE ONLY public.alembic_version IN ACCESS SHARE MODE")
+        if connection.execute(_VERSIONS).fetchone() != (True,):
+            return ()
+        return tuple(version for (version,) in connection.execute("SELECT version_num FROM ONLY public.alembic_version"))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -333,6 +337,8 @@ def hand_back(connection: Connection, tenant: Tenant, *, closed_by_us: bool) -> 
     row = connection.execute(_ADOPTED).fetchone()
     was: dict[str, Any] = row[1] if row else {}
     objects = connection.execute(_OBJECTS).fetchall()
+    if watching := [identity for kind, identity, _ in objects if kind == "event trigger"]:
+        raise AdoptRefused(tenant.slug, [f"event triggers must go first: {_some(watching)}"], "given back")
     _nothing_left(connection, tenant, runtime)
     _execute(
         connection,
