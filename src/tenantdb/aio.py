@@ -36,8 +36,8 @@ _THREADS = 8
 class AsyncTenantDB:
     """A view of a `TenantDB` (`sync_db`): same registry, same settings, same names, awaited.
 
-    ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens``, ``spares`` and ``audit`` have the methods of the synchronous ones,
-    awaited, in a worker thread; ``audit.record`` alone runs in the event loop, in the session that it is given.
+    ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens``, ``spares`` and ``audit`` have the methods of the synchronous
+    ones, awaited, in a worker thread; ``audit.record`` alone runs in the event loop, in the session that it is given.
     """
 
     def __init__(self, db: TenantDB, *, session_class: type[AsyncSession] = AsyncSession) -> None:
@@ -70,6 +70,7 @@ class AsyncTenantDB:
         self.update = _awaited(db.update, self._manage)
         self.work = _awaited(db.work, self._work)
         self.resume = _awaited(db.resume, self._work)
+        self.operation = _awaited(db.operation, self._manage)
         self.for_each = _awaited(db.for_each, self._work)
         self.init = _awaited(db.init, self._work)
         self.check = _awaited(db.check, self._work)

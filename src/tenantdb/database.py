@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tenantdb.provisioning.spares import Spares
     from tenantdb.provisioning.transfer import Transfer
     from tenantdb.provisioning.worker import Resumed, Worker
+    from tenantdb.registry.operations import Operation
     from tenantdb.registry.rotation import KeyRotation, KeyUse
 
 R = TypeVar("R")
@@ -487,6 +488,13 @@ class TenantDB:
         fails is recorded and logged, and the next one is taken. Raises: `ConfigError` where this process has no provisioner.
         """
         return self._worker.work(stop=stop, poll=poll)
+
+    def operation(self, tenant: TenantKey) -> Operation | None:
+        """What is being done to a tenant, or was done last: kind, state, step, and why its last attempt failed.
+
+        Raises: `TenantNotFound`.
+        """
+        return self._registry.operations.for_tenant(self.tenants.get(tenant).id)
 
     def resume(self) -> Resumed:
         """Finish what was interrupted: operations whose worker died, that wait, or that are to be tried again. Then compare the registry

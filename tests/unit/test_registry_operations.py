@@ -8,10 +8,11 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import Connection, update
 
 from tenantdb.errors import OperationInProgress
-from tenantdb.model import Tenant
-from tenantdb.registry import Operation, OperationState, Registry, SignUp
+from tenantdb.model import Template, TemplateState, Tenant
+from tenantdb.registry import Operation, OperationState, Registry, SignUp, tables
 
 MINUTE = timedelta(minutes=1)
 ENDED = timedelta(0)  # a lease that is over as soon as it is given
@@ -148,3 +149,130 @@ def test_of_many_who_claim_one_operation_one_gets_it(registry: Registry, acme: T
     with ThreadPoolExecutor(4) as pool:
         claims = [done.result(60) for done in [pool.submit(claim, f"w{n}") for n in range(4)]]
     assert len([claim for claim in claims if claim is not None]) == 1
+
+
+def test_an_operation_of_a_dead_worker_is_taken_before_its_lease_ends(registry: Registry, acme: Tenant) -> None:
+    first = claimed(registry, acme, "w1")
+    assert registry.operations.workers() == ["w1"]
+    assert registry.operations.claim(first.id, "w2", MINUTE, dead=["w3"]) is None
+    assert registry.operations.claim_next("w2", MINUTE, dead=["w3"]) is None
+    taken = registry.operations.claim(first.id, "w2", MINUTE, dead=["w1"])
+    assert taken is not None and (taken.worker, taken.attempt) == ("w2", 2)
+    with pytest.raises(OperationInProgress):
+        registry.operations.finish(first)
+
+
+def another(registry: Registry, tenant: Tenant, kind: str = "fence") -> Operation:
+    with registry.admin_write() as connection:
+        return registry.operations.create(connection, kind, tenant.id)
+
+
+def test_a_tenant_is_worked_on_by_one_at_a_time(registry: Registry, acme: Tenant) -> None:
+    first = claimed(registry, acme)
+    fence = another(registry, acme)
+    assert registry.operations.claim(fence.id, "w2", MINUTE) is None
+    assert registry.operations.claim_next("w2", MINUTE, kinds=("fence",)) is None
+    beta, _ = registry.sign_up(SignUp(slug="beta"))
+    other = registry.operations.claim_next("w2", MINUTE, kinds=("provision", "fence"))
+    assert other is not None and other.tenant_id == beta.id
+
+    registry.operations.finish(first)
+    taken = registry.operations.claim_next("w2", MINUTE, kinds=("fence",))
+    assert taken is not None and taken.id == fence.id
+
+
+def test_only_kinds_that_this_code_knows_are_taken(registry: Registry, acme: Tenant) -> None:
+    another(registry, acme, "of the future")
+    registry.operations.finish(claimed_first(registry, acme))
+    assert registry.operations.claim_next("w1", MINUTE, kinds=("provision", "fence")) is None
+
+
+def claimed_first(registry: Registry, tenant: Tenant) -> Operation:
+    operation = registry.operations.for_tenant(tenant.id, kinds=["provision"])
+    assert operation is not None
+    taken = registry.operations.claim(operation.id, "w1", MINUTE)
+    assert taken is not None
+    return taken
+
+
+def test_what_is_to_be_tried_again_waits_and_may_be_asked_for_sooner(registry: Registry, acme: Tenant) -> None:
+    later = registry.operations.postpone(claimed(registry, acme), "the server is away", MINUTE)
+    assert (later.state, later.error) == (OperationState.PENDING, "the server is away")
+    assert registry.operations.claim_next("w2", MINUTE) is None
+    assert registry.operations.unfinished() == [operation_of(registry, acme)]
+    again = claimed(registry, acme, "w2")
+    assert again.attempt == 2
+    registry.operations.postpone(again, "still away", ENDED)
+    due = registry.operations.claim_next("w3", MINUTE)  # the twin: its time has come
+    assert due is not None and due.attempt == 3
+
+
+@pytest.mark.parametrize("write", ["record", "finish", "fail"])
+def test_what_a_step_found_out_is_written_with_the_journal_or_not_at_all(registry: Registry, acme: Tenant, write: str) -> None:
+    operation = claimed(registry, acme)
+    ways = {
+        "record": lambda held, also: registry.operations.record(held, "open", also=also),
+        "finish": lambda held, also: registry.operations.finish(held, also=also),
+        "fail": lambda held, also: registry.operations.fail(held, "boom", also=also),
+    }
+
+    def name(connection: Connection) -> None:
+        connection.execute(update(tables.tenants).values(plan="gold"))
+
+    def breaks(connection: Connection) -> None:
+        name(connection)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ways[write](operation, breaks)
+    assert operation_of(registry, acme) == operation and registry.tenants.get("acme").plan is None
+    registry.operations.renew(operation, ENDED)
+    with pytest.raises(OperationInProgress):
+        ways[write](operation, name)
+    assert registry.tenants.get("acme").plan is None
+    ways[write](claimed(registry, acme, "w2"), name)
+    registry.forget(acme.id, "acme")
+    assert registry.tenants.get("acme").plan == "gold"
+
+
+# -- golden databases ------------------------------------------------------------------------------------------------------------------
+
+
+def begin(registry: Registry, revision: str, worker: str = "w1", lease: timedelta = MINUTE) -> Template | None:
+    server = registry.servers.add("default", backend="postgresql", host="db1", port=5432)
+    name = f"t_{revision}_{worker}"
+    return registry.templates.begin(server, revision, "digest", database=name, owner_role=name, worker=worker, lease=lease)
+
+
+def test_one_builds_a_golden_database_and_the_others_find_it(registry: Registry) -> None:
+    mine = begin(registry, "1")
+    assert mine is not None and begin(registry, "1", "w2") is None and begin(registry, "2", "w2") is None
+    server = registry.servers.get("default")
+    assert registry.templates.find(server, "1", "digest") is None  # not before it is whole
+    registry.templates.switch(mine)
+    assert registry.templates.find(server, "1", "digest") is not None
+    assert registry.templates.find(server, "1", "another digest") is None
+    assert begin(registry, "1", "w2") is None
+
+
+def test_a_builder_without_a_sign_of_life_is_replaced_and_switches_nothing(registry: Registry) -> None:
+    lost = begin(registry, "1", "w1", ENDED)
+    assert lost is not None
+    mine = begin(registry, "1", "w2")
+    assert mine is not None
+    with pytest.raises(OperationInProgress):
+        registry.templates.switch(lost)
+    registry.templates.switch(mine)
+    assert {template.worker or str(template.state) for template in registry.templates.list()} == {"w1", "current"}
+
+
+def test_the_newest_two_golden_databases_are_kept(registry: Registry) -> None:
+    for revision in ("1", "2", "3"):
+        made = begin(registry, revision)
+        assert made is not None
+        registry.templates.switch(made)
+    states = {template.revision: template.state for template in registry.templates.list()}
+    assert states == {"1": TemplateState.RETIRED, "2": TemplateState.CURRENT, "3": TemplateState.CURRENT}
+    [retired] = [template for template in registry.templates.list() if template.revision == "1"]
+    registry.templates.forget(retired)
+    assert len(registry.templates.list()) == 2

@@ -18,10 +18,12 @@ from tenantdb.errors import (
     InvalidTenantKey,
     NoServerAvailable,
     OperationInProgress,
+    TenantExists,
     TenantNotFound,
 )
-from tenantdb.model import TRANSITIONS, DatabaseRole, Server, Subscription, Tenant, TenantState
+from tenantdb.model import TRANSITIONS, DatabaseRole, Fence, Server, Subscription, Tenant, TenantState
 from tenantdb.registry import Registry, SignUp, TenantRecord, tables
+from tenantdb.registry.tenants import SpareWish, sign_up_values
 from tests.unit.registry_fixtures import Clock
 
 
@@ -51,7 +53,7 @@ def place(registry: Registry, tenant: Tenant, *, database: str = "t_0123456789ab
     with registry.admin_write() as connection:
         placed = reserve(connection)
     registry.forget(tenant.id, tenant.slug)
-    return placed
+    return placed.tenant
 
 
 def actions(registry: Registry, tenant: Tenant) -> list[str]:
@@ -307,9 +309,133 @@ def test_a_removed_secret_is_tampered_with(registry: Registry, acme: Tenant) -> 
 
 
 def test_the_revision_is_recorded(registry: Registry, acme: Tenant) -> None:
-    assert registry.tenants.set_revision(acme, "0009").revision == "0009"
-    assert registry.tenants.get("acme").version == acme.version + 1
+    active = registry.tenants.transition(acme, TenantState.ACTIVE, action="tenant.activate")
+    assert registry.tenants.set_revision(active, "0009").revision == "0009"
+    assert registry.tenants.get("acme").version == active.version + 1
     assert actions(registry, acme)[0] == "tenant.revision"
+
+
+# -- new passwords --
+
+
+def test_new_passwords_stand_beside_the_old_ones_until_they_hold(registry: Registry, acme: Tenant) -> None:
+    placed = place(registry, acme)
+    server = registry.servers.get("default")
+
+    def sealed(role: DatabaseRole, password: str) -> bytes:
+        name = placed.owner_role if role is DatabaseRole.OWNER else placed.runtime_role
+        return registry.seal_password(
+            password, role=role, tenant=placed, server=server, database=placed.database or "", role_name=name or ""
+        )
+
+    def pend(word: str) -> bool:
+        with registry.admin_write() as connection:
+            return registry.tenants.pend_secrets(
+                connection,
+                placed,
+                owner=sealed(DatabaseRole.OWNER, f"owner-{word}"),
+                runtime=sealed(DatabaseRole.RUNTIME, f"runtime-{word}"),
+            )
+
+    def found() -> list[list[str]]:
+        record = registry.tenants.record("acme")
+        return [registry.passwords(record, role) for role in (DatabaseRole.OWNER, DatabaseRole.RUNTIME)]
+
+    assert pend("new")
+    assert found() == [["owner-pw", "owner-new"], ["runtime-pw", "runtime-new"]]
+    assert not pend("newer")  # those that were drawn first may be at the server already
+    assert found() == [["owner-pw", "owner-new"], ["runtime-pw", "runtime-new"]]
+    for _ in range(2):
+        with registry.admin_write() as connection:
+            registry.tenants.promote_secrets(connection, placed)
+    assert found() == [["owner-new"], ["runtime-new"]]
+    assert registry.tenants.get("acme").generation == placed.generation + 1
+
+
+# -- spares --
+
+
+def spare(registry: Registry, revision: str | None = "0001") -> Tenant:
+    with registry.admin_write() as connection:
+        made = registry.tenants.create_spare(connection)
+    place(registry, made, database=f"t_{made.id.hex[:16]}")
+    with registry.admin_write() as connection:
+        registry.tenants.set_revision_in(connection, made, revision)
+        assert registry.tenants.set_ready(connection, made, ready=True)
+    return registry.tenants.row(made.id).tenant
+
+
+def take(registry: Registry, slug: str, wish: SpareWish) -> Tenant | None:
+    with registry.write() as connection:
+        return registry.tenants.take_spare(connection, sign_up_values(slug=slug), wish, TenantState.ACTIVE)
+
+
+def test_a_spare_has_an_id_and_no_name_and_is_in_no_list(registry: Registry) -> None:
+    made = spare(registry)
+    assert (made.slug, made.name, made.state) == (str(made.id), "", TenantState.SPARE)
+    assert registry.tenants.list() == [] and registry.tenants.spares() == [made]
+    with pytest.raises(TenantNotFound):
+        registry.tenants.get(str(made.id)[:8])
+
+
+def test_the_oldest_spare_that_will_do_is_taken(registry: Registry) -> None:
+    first, second, behind = spare(registry), spare(registry), spare(registry, "0000")
+    for wish in (SpareWish("0002"), SpareWish("0001", server="mars"), SpareWish("0001", region="mars"), SpareWish(None)):
+        assert take(registry, "nobody", wish) is None
+    taken = take(registry, "acme", SpareWish("0001", server="default"))
+    assert taken is not None
+    assert (taken.id, taken.slug, taken.state, taken.ready_at, taken.database) == (
+        first.id,
+        "acme",
+        TenantState.ACTIVE,
+        None,
+        first.database,
+    )
+    assert taken.version == first.version + 1 and taken.server == "default"
+    with pytest.raises(TenantExists):
+        take(registry, "acme", SpareWish("0001"))
+    with registry.admin_write() as connection:
+        registry.tenants.set_ready(connection, second, ready=False)
+    assert take(registry, "beta", SpareWish("0001")) is None
+    other = take(registry, "beta", SpareWish(known=False))
+    assert other is not None and other.id == behind.id
+    with registry.admin_write() as connection:
+        assert not registry.tenants.set_ready(connection, behind, ready=False)  # it is somebody's
+
+
+# -- the end --
+
+
+def test_only_what_nothing_holds_moves_on_to_be_purged(registry: Registry, acme: Tenant) -> None:
+    active = registry.tenants.transition(acme, TenantState.ACTIVE, action="tenant.activate")
+    deleted = registry.tenants.transition(active, TenantState.DELETED, action="tenant.delete")
+    registry.tenants.hold(deleted, "case 17")
+
+    def purge() -> Tenant:
+        with registry.write() as connection:
+            return registry.tenants.transition_in(connection, deleted, TenantState.PURGING, action="tenant.purging", held=False)
+
+    with pytest.raises(IllegalTransition):
+        purge()
+    assert registry.tenants.get("acme").state is TenantState.DELETED
+    registry.tenants.hold(deleted, None)
+    assert purge().state is TenantState.PURGING
+    assert [action for action in actions(registry, acme) if "hold" in action or "release" in action] == ["tenant.release", "tenant.hold"]
+
+
+def test_the_fence_follows_the_state(registry: Registry, acme: Tenant) -> None:
+    active = registry.tenants.transition(acme, TenantState.ACTIVE, action="tenant.activate")
+    assert active.fence is None
+    suspended = registry.tenants.transition(active, TenantState.SUSPENDED, action="tenant.suspend")
+    assert suspended.fence is Fence.PENDING
+    with registry.admin_write() as connection:
+        assert registry.tenants.fenced(connection, suspended)
+    deleted = registry.tenants.transition(registry.tenants.get("acme"), TenantState.DELETED, action="tenant.delete")
+    assert deleted.fence is Fence.PENDING
+    with registry.admin_write() as connection:
+        assert not registry.tenants.fenced(connection, suspended)  # what was done is not what is wanted now
+    assert registry.tenants.get("acme").fence is Fence.PENDING
+    assert registry.tenants.transition(deleted, TenantState.ACTIVE, action="tenant.restore").fence is None
 
 
 def test_the_audit_log_says_who_did_what_and_holds_nothing_personal(registry: Registry, acme: Tenant) -> None:

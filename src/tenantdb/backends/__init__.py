@@ -37,7 +37,8 @@ __all__ = [
     "Surroundings",
     "Survey",
     "TableShape",
-    "TemplateMissing", "Wire",
+    "TemplateMissing",
+    "Wire",
     "Workshop",
     "backend",
 ]

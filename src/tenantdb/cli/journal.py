@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,12 +14,15 @@ from tenantdb.cli.progress import progress
 from tenantdb.errors import TenantDBError
 from tenantdb.model import Tenant
 
+if TYPE_CHECKING:
+    from tenantdb.database import TenantDB
+
 
 @click.command()
 @json_option
 @pass_invocation
 def resume(invocation: Invocation) -> None:
-    """Finish what was interrupted, and look for what has lost its other half.
+    """Finish what was interrupted, and look for orphans.
 
     Databases and roles that no tenant knows, and tenants without a database, are listed; nothing of them is dropped. Exit code 3 when
     something failed again, 1 when there are orphans.
@@ -50,7 +54,7 @@ def resume(invocation: Invocation) -> None:
 
 @click.command("rotate-credentials")
 @click.argument("slug", required=False)
-@click.option("--all", "everybody", is_flag=True, help="Of every tenant, one after the other.")
+@click.option("--all", "everybody", is_flag=True, help="Of every tenant and spare, one after the other.")
 @json_option
 @pass_invocation
 def rotate_credentials(invocation: Invocation, slug: str | None, everybody: bool) -> None:
@@ -61,7 +65,7 @@ def rotate_credentials(invocation: Invocation, slug: str | None, everybody: bool
     if (slug is None) == (not everybody):
         raise UsageProblem("give the slug of one tenant, or --all")
     db = invocation.database()
-    chosen = db.tenants.list("active") + db.tenants.list("suspended") if slug is None else [db.tenants.get(slug, suggest=True)]
+    chosen = _everybody(db) if slug is None else [db.tenants.get(slug, suggest=True)]
     rotated: list[str] = []
     failed: list[dict[str, object]] = []
     with progress("new passwords", quiet=invocation.json) as tell:
@@ -80,6 +84,13 @@ def rotate_credentials(invocation: Invocation, slug: str | None, everybody: bool
         click.echo(f"new passwords: {len(rotated)}; failed: {len(failed)}")
     if failed:
         click.get_current_context().exit(output.SOME_FAILED)
+
+
+def _everybody(db: TenantDB) -> list[Tenant]:
+    """Whoever has passwords; the deleted too, which may be restored, and spares."""
+    states = ("active", "suspended", "maintenance", "deleted")
+    found = [tenant for state in states for tenant in db.tenants.list(state) if tenant.database is not None]
+    return found + [spare for spare in db.spares.list() if spare.ready_at is not None]
 
 
 @click.group()

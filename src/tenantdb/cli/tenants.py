@@ -98,7 +98,12 @@ def show(invocation: Invocation, slug: str) -> None:
 
     SLUG may be an id. Secrets are not shown.
     """
-    _print(invocation, invocation.database().tenants.get(slug, suggest=True), in_full=True)
+    db = invocation.database()
+    tenant = db.tenants.get(slug, suggest=True)
+    told = output.tenant(tenant)
+    if (operation := db.operation(tenant)) is not None and operation.state != "done":
+        told["operation"] = {name: getattr(operation, name) for name in ("kind", "state", "step", "attempt", "worker", "error")}
+    output.document(told) if invocation.json else output.record(told)
 
 
 def _moment(ctx: click.Context, parameter: click.Parameter, value: str | None) -> datetime | None:

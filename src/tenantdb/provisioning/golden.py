@@ -58,6 +58,12 @@ class Golden:
         """The head revision of the application's migrations. Raises: `MigrationError`."""
         return None if self._settings.migrations is None else self._scripts().identity()[0]
 
+    def is_behind(self, revision: str | None) -> bool:
+        """Whether a database at a revision is to be migrated by this process: it is not at the head, nor of newer code than this."""
+        if self._settings.migrations is None or revision == self.head():
+            return False
+        return revision is None or self._scripts().knows(revision)
+
     def template(self, server: Server, workshop: Workshop, *, instead_of: Template | None = None) -> Template | None:
         """The golden database at the head revision; None where there are no migrations. May take as long as migrating from nothing does.
 

@@ -81,6 +81,8 @@ _ANNOUNCED = {
 }
 """A tenant is suspended or deleted by the call, so those are announced there."""
 
+_LONG = frozenset({kinds.ROTATE, kinds.IMPORT, kinds.CLONE})
+
 _PATIENCE = 5.0  # seconds that a call waits for another operation on the same tenant
 _POLL = 0.02
 
@@ -93,6 +95,7 @@ class Runner:
         # Each operation holds one of the provisioner's few connections, and a server copies one database after another anyway, so a crowd
         # of sign-ups waits here instead of failing there.
         self.turns = threading.BoundedSemaphore(2)
+        self._long_turns = threading.BoundedSemaphore(2)  # what waits for people's sessions or files must not keep sign-ups waiting
 
     def can_work_on(self, server: str | None) -> bool:
         """Whether this process has a provisioner for a server; for what has no place yet, any."""
@@ -152,7 +155,7 @@ class Runner:
         tenant = registry.tenants.row(operation.tenant_id).tenant
         if not self.can_work_on(tenant.server):
             return tenant
-        with self.turns:
+        with self._long_turns if operation.kind in _LONG else self.turns:
             if (claimed := self.claim(operation)) is not None:
                 return self.carry_out(claimed)
         found = registry.operations.get(operation.id)

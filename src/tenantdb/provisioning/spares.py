@@ -41,7 +41,8 @@ class Spares:
         """Make spares until ``count`` are ready on each server of this process, or on one; None: as many as the setting ``spares`` says.
 
         What an earlier attempt left unfinished is finished first, and spares behind the head revision are migrated. Returns the spares
-        that are ready. ``progress(done, total)`` counts those of one server. May be called by several processes at once, which then make more than one of them would, and may run again.
+        that are ready. ``progress(done, total)`` counts those of one server. May be called by several processes at once, which then make
+        more than one of them would, and may run again.
 
         Raises: `ConfigError` where this process has no provisioner; `OperationFailed`.
         """
@@ -60,12 +61,13 @@ class Spares:
         return [spare for spare in self.list() if spare.ready_at is not None]
 
     def refresh(self) -> int:
-        """Migrate spares that are behind the head revision, and return how many were. Nobody can take one meanwhile."""
-        if self._settings.migrations is None:
-            return 0
-        head, behind = self._runner.shop.golden.head(), 0
+        """Migrate spares that are behind the head revision, and return how many were. Nobody can take one meanwhile.
+
+        A spare at a revision that this process does not know is of newer code, and left to that.
+        """
+        golden, behind = self._runner.shop.golden, 0
         for spare in self.list():
-            if spare.ready_at is not None and spare.revision != head and self._runner.can_work_on(spare.server):
+            if spare.ready_at is not None and golden.is_behind(spare.revision) and self._runner.can_work_on(spare.server):
                 with self._registry.admin_write() as connection:
                     mine = self._registry.tenants.set_ready(connection, spare, ready=False)
                     operation = self._registry.operations.create(connection, REFRESH, spare.id) if mine else None

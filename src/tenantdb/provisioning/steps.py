@@ -100,8 +100,7 @@ def _open(work: Work, *, cloned: Template | None) -> None:
 
 def is_behind(work: Work) -> bool:
     """Whether the golden database was not at the head revision, or the database was not cloned from it in this attempt."""
-    found = work.revision or work.tenant.revision
-    return work.settings.migrations is not None and (found is None or found != work.shop.golden.head())
+    return work.shop.golden.is_behind(work.revision or work.tenant.revision)
 
 
 def migrate(work: Work) -> Also | None:

@@ -80,9 +80,7 @@ class Hands:
     makes: bool
 
 
-def sign_up(
-    registry: Registry, request: SignUp, *, taking: Taking | None = None, hands: Hands | None = None
-) -> tuple[Tenant, Operation]:
+def sign_up(registry: Registry, request: SignUp, *, taking: Taking | None = None, hands: Hands | None = None) -> tuple[Tenant, Operation]:
     """Carry a sign-up out, or find the one that was carried out under the same idempotency key.
 
     ``taking``: a spare will do. Without ``hands`` the operation is left to whoever claims it.

@@ -442,7 +442,7 @@ class TenantStore:
                 .where(_tenants.c.id == tenant.id)
                 .values(legal_hold=reason, version=_tenants.c.version + 1, updated_at=tables.utcnow())
             )
-            audit.record(connection, "tenant.hold" if reason else "tenant.release", tenant_id=tenant.id)
+            audit.record(connection, "tenant.hold" if reason else "tenant.release", tenant_id=tenant.id, reason=reason or tenant.legal_hold)
             found = self.find_in(connection, tenant.id)
         self._forget(tenant.id, tenant.slug)
         return found

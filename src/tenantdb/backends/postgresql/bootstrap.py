@@ -72,9 +72,7 @@ $template$;
 """
 
 
-def bootstrap(
-    superuser: ConnectionURL, provisioner: str, password: str, settings: Settings, *, iterations: int = scram.ITERATIONS
-) -> None:
+def bootstrap(superuser: ConnectionURL, provisioner: str, password: str, settings: Settings, *, iterations: int = scram.ITERATIONS) -> None:
     """Prepare a cluster. ``provisioner`` is the name of the login to make or to bring in order. May run any number of times.
 
     ``iterations`` of its SCRAM verifier: few will do where the password was drawn by a machine (`tenantdb.registry.secrets.password`).
