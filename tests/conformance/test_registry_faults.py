@@ -126,8 +126,9 @@ async def test_a_suspension_by_another_process_is_seen_when_the_record_is_too_ol
 
     estate.db.suspend(fresh)
     clock.now += 4.99
-    assert await face.marker(fresh) == fresh.slug  # still believed, as stated
-    clock.now += 0.01
+    if estate.world.backend == "sqlite":  # where nobody but the registry can refuse it
+        assert await face.marker(fresh) == fresh.slug  # still believed, as stated
+        clock.now += 0.01
     for refused in (session.scalar(MARKER), face.marker(fresh)):
         with pytest.raises(errors.TenantSuspended):
             await refused

@@ -13,6 +13,7 @@ from sqlalchemy import select, update
 
 from tenantdb.context import acting
 from tenantdb.errors import (
+    ConfigError,
     CredentialTampered,
     IllegalTransition,
     InvalidTenantKey,
@@ -487,6 +488,31 @@ def test_a_server_is_registered_once_and_found_by_name_and_id(registry: Registry
         registry.servers.get("db2")
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        {"host": "evil.example,db1.internal"},  # a rule for .internal would look at the end of it, and libpq go to its beginning
+        {"host": "db1.internal", "direct_host": "evil.example,db1.internal"},
+        {"host": "db1 hostaddr=192.0.2.1"},
+        {"host": "db1?host=evil"},
+        {"host": "user@db1"},
+        {"host": "db1", "port": 0},
+        {"host": "db1", "port": 99999},
+        {"host": "db1", "direct_port": -1},
+    ],
+)
+def test_an_address_is_one_host_and_one_port(registry: Registry, address: dict[str, str | int]) -> None:
+    with pytest.raises(ConfigError):
+        registry.servers.add("db1", backend="postgresql", **address)  # type: ignore[arg-type]
+
+    assert registry.servers.list() == [] and registry.audit.list() == []
+
+
+@pytest.mark.parametrize("host", [None, "db1.internal", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "/run/postgresql"])
+def test_whatever_is_one_host_is_taken(registry: Registry, host: str | None) -> None:
+    assert registry.servers.add("db1", backend="postgresql", host=host, port=65535).host == host
+
+
 def test_a_new_address_keeps_tenants_readable(registry: Registry, acme: Tenant) -> None:
     place(registry, acme)
     moved = registry.servers.add("default", backend="postgresql", host="pooler", port=6432, direct_host="db1", direct_port=5432)
@@ -496,8 +522,6 @@ def test_a_new_address_keeps_tenants_readable(registry: Registry, acme: Tenant) 
 
 def test_a_server_does_not_change_its_kind(registry: Registry) -> None:
     registry.servers.add("default", backend="sqlite", path="data/tenants")
-    from tenantdb.errors import ConfigError
-
     with pytest.raises(ConfigError, match="choose another name"):
         registry.servers.add("default", backend="postgresql", host="db1")
 

@@ -378,6 +378,44 @@ def test_allowed_hosts_are_names_suffixes_and_blocks(rule: str, host: str, allow
             postgresql(url=url, allowed_hosts=[rule])
 
 
+RULES = ("127.0.0.1", "10.0.0.0/8", ".good.example")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "169.254.169.254",  # where a cloud tells its secrets
+        "localhost",  # the same machine by another name
+        "127.0.0.2",
+        "127.0.0.1.good.example.evil",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:10.1.2.3]",
+        "[::1]",
+        "0x7f000001",
+        "2130706433",
+        "127.1",
+        "good.example",
+        "DB1.GOOD.EXAMPLE",
+        "db1.good.example.",
+        "evil.example,db1.good.example",
+        "db1.good.example,evil.example",
+        "127.0.0.1:0",
+        "127.0.0.1:99999",
+        "/central?host=/tmp",
+        "/central?host=/tmp/.good.example",
+        "/central?host=evil.example,db1.good.example",
+    ],
+)
+def test_only_what_stands_in_allowed_hosts_is_allowed_however_it_is_spelled(where: str) -> None:
+    with pytest.raises(ConfigError):
+        postgresql(url=f"postgresql://app@{where}/central" if "/" not in where else f"postgresql://app@{where}", allowed_hosts=RULES)
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1", "127.0.0.1:65535", "10.255.0.1", "db1.good.example"])
+def test_and_what_stands_there_is(where: str) -> None:
+    assert postgresql(url=f"postgresql://app@{where}/central", allowed_hosts=RULES).url.host == where.split(":")[0]
+
+
 def test_allowed_hosts_hold_for_every_url() -> None:
     elsewhere = "postgresql://prov@db9.evil/postgres"
     for values in ({"server": elsewhere}, {"servers": {"eu": elsewhere}}, {"registry_admin": elsewhere}):

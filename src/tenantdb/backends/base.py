@@ -22,6 +22,8 @@ class Location:
     role: DatabaseRole
     password: Callable[[], str] = field(repr=False)
     other_password: Callable[[], Callable[[], str] | None] = field(repr=False)
+    recheck: Callable[[], object] = field(repr=False)
+    """Asks the registry whether the tenant is to be served still, for one that its server refuses. Raises where it is not."""
 
     @property
     def host(self) -> str | None:

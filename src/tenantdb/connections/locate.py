@@ -38,7 +38,11 @@ class Locator:
             others = [index for index, each in enumerate(known) if each != password()]
             return (lambda: registry.passwords(fresh, role)[others[0]]) if others else None
 
-        location = Location(tenant, server, role, password, other_password)
+        def recheck() -> None:
+            registry.forget(tenant.id, tenant.slug)
+            ensure_servable(registry.tenants.record(tenant.id).tenant, tenant.slug)
+
+        location = Location(tenant, server, role, password, other_password, recheck)
         check_host(ConnectionURL(server.backend, location.host), self._settings, f"server {server.name!r}")
         return location
 

@@ -29,7 +29,7 @@ from tenantdb.connections.ledger import Shelf, Unit, UnitState, Verdict, Work
 from tenantdb.connections.reaper import LONGEST_GOODBYE
 from tenantdb.connections.sqla import BudgetedPool, Record
 from tenantdb.connections.waiting import LoopWaiter, ThreadWaiter, await_in_greenlet
-from tenantdb.errors import BudgetExhausted, EngineRetired, ServerUnavailable, WrongDatabase
+from tenantdb.errors import BudgetExhausted, EngineRetired, RegistryError, ServerUnavailable, WrongDatabase
 from tenantdb.settings import Settings
 
 if TYPE_CHECKING:
@@ -251,7 +251,8 @@ class TenantPool(BudgetedPool):
             pause = min(2 * pause, _RETRY_LONGEST)
 
     def _failed(self, error: ConnectFailed, deadline: float, pause: float) -> None:
-        """Returns where it is worth another try. Raises: `ServerUnavailable`."""
+        """Returns where it is worth another try. Raises: `ServerUnavailable`; where the tenant is refused because it is served no more, which
+        another process has decided, that."""
         budget = self.source.budget
         now = budget.clock()
         unavailable = ServerUnavailable(budget.server, error.problem)
@@ -260,6 +261,8 @@ class TenantPool(BudgetedPool):
             budget.breaker.gave_up()
             unavailable.__cause__ = cause
             budget.remember_failure(self.source.key, unavailable, now + _TENANT_MEMORY)
+            if self._parks:
+                self._recheck()
             raise unavailable from cause
         if error.kind is FailureClass.CAPACITY:
             budget.breaker.gave_up()
@@ -269,6 +272,15 @@ class TenantPool(BudgetedPool):
             budget.emit("ServerDown", budget.server, error.problem)
         if budget.breaker.is_open or now + 2 * pause >= deadline:
             raise unavailable from cause
+
+    def _recheck(self) -> None:
+        try:
+            if self._is_asyncio:
+                await_in_greenlet(asyncio.to_thread(self.source.location.recheck))
+            else:
+                self.source.location.recheck()
+        except RegistryError:
+            return  # then what the server said is all that is known
 
     def _sleep(self, seconds: float) -> None:
         if self._is_asyncio:

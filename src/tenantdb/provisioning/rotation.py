@@ -18,6 +18,7 @@ from tenantdb.provisioning.work import Also, Work
 from tenantdb.registry.secrets import password
 
 _POLL = 0.1
+_MARGIN = 1.0  # seconds
 
 
 def draw_passwords(work: Work) -> Also | None:
@@ -44,9 +45,14 @@ def drain(work: Work) -> Also | None:
     """Let sessions that began with the old passwords finish, for a while, and end the rest."""
     work.shop.engines.forget(work.tenant.id)
     changed_at: datetime = work.workshop().now()
+    roles = [work.tenant.owner_role or "", work.tenant.runtime_role or ""]
+    # Other processes believe their copy of the record that long, and hand out no connection of an older generation afterwards: what rests
+    # longer is nobody's.
+    rested = work.settings.cache_ttl + _MARGIN
     deadline = time.monotonic() + work.settings.drain_timeout
     while work.workshop().sessions(work.tenant, before=changed_at) and time.monotonic() < deadline:
+        work.workshop().end_sessions(work.tenant, roles=roles, before=changed_at, idle_for=rested)
         work.release()  # the drained sessions may be those that our place in the budget waits behind
         threading.Event().wait(_POLL)
-    work.workshop().end_sessions(work.tenant, roles=[work.tenant.owner_role or "", work.tenant.runtime_role or ""], before=changed_at)
+    work.workshop().end_sessions(work.tenant, roles=roles, before=changed_at)
     return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import URL, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tenantdb.errors import ConfigError, CredentialTampered, NoServerAvailable
@@ -20,6 +20,7 @@ from tenantdb.model import Server, TenantState
 from tenantdb.registry import audit, tables
 from tenantdb.registry.secrets import RUNTIME, Keyring
 from tenantdb.registry.transactions import Transactions, violates
+from tenantdb.settings import POSTGRESQL, ConnectionURL
 
 _GONE = (TenantState.PURGED.value,)
 _ADDRESS = ("backend", "host", "port", "direct_host", "direct_port", "path")
@@ -102,8 +103,12 @@ class ServerStore:
 
         At a new address its tenants stay readable; other processes follow when their copies of the records are too old.
 
-        The direct address is the runtime address where none is given. Raises: `ConfigError` where the name belongs to another backend.
+        The direct address is the runtime address where none is given. Raises: `ConfigError` where the name belongs to another backend, or
+        where an address is not one host and a port: libpq would try each of several, and `allowed_hosts` look at the last.
         """
+        for each, number in ((host, port), (direct_host, direct_port)):
+            folder = {"host": each} if each is not None and each.startswith("/") else {}
+            ConnectionURL.parse(URL.create(POSTGRESQL, host=None if folder else each, port=number, query=folder))
         values: dict[str, Any] = {
             "backend": backend,
             "host": host,
