@@ -441,7 +441,13 @@ def test_migrate_brings_every_tenant_to_head_and_goes_on_past_one_that_fails(
 
     with db.begin("beta") as session:
         session.connection().exec_driver_sql("DROP TABLE t001")
-    assert document("migrate") == {"head": "001", "migrated": [{"tenant": "beta", "from": None, "to": "001"}], "failed": [], "at_head": 3, "spares": 0}
+    assert document("migrate") == {
+        "head": "001",
+        "migrated": [{"tenant": "beta", "from": None, "to": "001"}],
+        "failed": [],
+        "at_head": 3,
+        "spares": 0,
+    }
 
 
 def test_migrate_of_one_tenant_leaves_the_others(db: TenantDB, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

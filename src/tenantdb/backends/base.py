@@ -21,8 +21,8 @@ class Location:
     server: Server
     role: DatabaseRole
     password: Callable[[], str] = field(repr=False)
-    other_password: Callable[[], Callable[[], str] | None] = field(repr=False)
-    recheck: Callable[[], object] = field(repr=False)
+    other_password: Callable[[], Callable[[], str] | None] = field(default=lambda: None, repr=False)
+    recheck: Callable[[], object] = field(default=lambda: None, repr=False)
     """Asks the registry whether the tenant is to be served still, for one that its server refuses. Raises where it is not."""
 
     @property

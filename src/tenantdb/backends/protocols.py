@@ -102,9 +102,7 @@ class Workshop(Protocol):
     def sessions(self, tenant: Tenant, *, before: Any) -> int:
         """How many of the tenant's sessions began before a moment."""
 
-    def end_sessions(
-        self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None, idle_for: float | None = None
-    ) -> int:
+    def end_sessions(self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None, idle_for: float | None = None) -> int:
         """End a tenant's sessions, and return how many: of some roles, that began before a moment, that have rested so many seconds."""
 
     def drop_database(self, tenant: Tenant) -> None: ...

@@ -395,9 +395,7 @@ class SQLiteWorkshop:
     def sessions(self, tenant: Tenant, *, before: Any) -> int:
         return 0
 
-    def end_sessions(
-        self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None, idle_for: float | None = None
-    ) -> int:
+    def end_sessions(self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None, idle_for: float | None = None) -> int:
         return 0
 
     def drop_database(self, tenant: Tenant) -> None:

@@ -251,8 +251,8 @@ class TenantPool(BudgetedPool):
             pause = min(2 * pause, _RETRY_LONGEST)
 
     def _failed(self, error: ConnectFailed, deadline: float, pause: float) -> None:
-        """Returns where it is worth another try. Raises: `ServerUnavailable`; where the tenant is refused because it is served no more, which
-        another process has decided, that."""
+        """Returns where it is worth another try. Raises: `ServerUnavailable`; what `ensure_servable` raises, where the tenant is refused
+        because another process has decided that it is served no more."""
         budget = self.source.budget
         now = budget.clock()
         unavailable = ServerUnavailable(budget.server, error.problem)

@@ -395,9 +395,7 @@ class PostgreSQLWorkshop:
         elif level is FenceLevel.CLOSED:
             self.end_sessions(tenant)
 
-    def end_sessions(
-        self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None, idle_for: float | None = None
-    ) -> int:
+    def end_sessions(self, tenant: Tenant, *, roles: Sequence[str] | None = None, before: Any = None, idle_for: float | None = None) -> int:
         """A superuser's are left: nobody else may end them. Raises: `ServerUnavailable` where one does not end."""
         query = "SELECT count(*), count(*) FILTER (WHERE NOT pg_terminate_backend(pid, %(timeout)s))"
         query += " FROM pg_stat_activity JOIN pg_roles ON pg_roles.oid = usesysid"
@@ -408,7 +406,8 @@ class PostgreSQLWorkshop:
             query += " AND backend_start < %(before)s"
         if idle_for is not None:
             query += " AND state = 'idle' AND state_change < clock_timestamp() - make_interval(secs => %(idle_for)s)"
-        parameters = {"timeout": _END_TIMEOUT, "database": tenant.database, "roles": list(roles or ()), "before": before, "idle_for": idle_for}
+        parameters: dict[str, Any] = {"timeout": _END_TIMEOUT, "database": tenant.database, "roles": list(roles or ())}
+        parameters |= {"before": before, "idle_for": idle_for}
         ended = 0
         for _ in range(10):  # one that logged in just before the fence came may show up late
             found, alive = self._ask_as_member(tenant, query, parameters)
