@@ -141,6 +141,41 @@ async def test_a_tenant_whose_connections_are_all_in_use_is_refused_in_time(
     assert await face.marker("acme") == "acme"
 
 
+@pytest.mark.parametrize("capped", [True, False], ids=["with a cap", "without"])
+async def test_a_tenant_that_takes_all_it_may_have_keeps_no_other_waiting(
+    make_face: MakeFace, estate: Estate, acme: Tenant, beta: Tenant, capped: bool
+) -> None:
+    """N1, by counts: beta is served at once while acme's own crowd waits for acme. Without the cap acme has all there is."""
+    face = make_face(budget=small_budget(estate, 4, per_tenant=2 if capped else 4, acquire_timeout=20.0))
+    held = [face.session("acme") for _ in range(2 if capped else 4)]
+    for session in held:
+        await session.scalar(MARKER)
+
+    def wait_in_line(_: int) -> object:
+        with face.db.session("acme") as session:
+            return session.scalar(MARKER)
+
+    with ThreadPoolExecutor(10) as crowd:
+        waiting = [crowd.submit(wait_in_line, number) for number in range(10)]
+        try:
+            eventually(lambda: face.db.stats()[0].waiting == 10)
+            before = face.db.stats()[0]
+            if capped:
+                for _ in range(20):
+                    async with face.session("beta") as one, face.session("beta") as two:
+                        assert await one.scalar(MARKER) == await two.scalar(MARKER) == "beta"
+                after = face.db.stats()[0]
+                assert (after.waits, after.timeouts, after.waiting) == (before.waits, before.timeouts, 10)
+                assert after.opens - before.opens == 2 and after.reuses - before.reuses == 38
+                assert estate.world.open_connections(estate.db, [acme]) <= 2 and after.held <= 4
+            else:
+                assert (before.in_use, before.idle) == (4, 0)  # nothing is left for beta
+        finally:
+            for session in held:
+                await session.close()
+            assert {future.result(30) for future in waiting} == {"acme"}
+
+
 async def test_who_waits_for_a_connection_gets_the_one_that_comes_back(async_face: MakeFace, acme: Tenant) -> None:
     face = async_face(budget=Budget(per_tenant=1))
     async with face.session("acme") as held:

@@ -72,6 +72,10 @@ async def test_secrets_swapped_between_two_tenants_open_for_neither_and_hurt_no_
                 with pytest.raises(errors.CredentialTampered):
                     face.db.migrations.upgrade(tenant)
             assert await face.marker("acme") == "acme"
+        face.db._registry.audit._refusals.flush()
+        for tenant in (fresh, other):
+            newest = face.db.audit.list(tenant, limit=1)[0]
+            assert (newest.action, newest.outcome) == ("refused.credential-tampered", "refused") and newest.details["count"] >= 2
         clock.now += 5
         for tenant in (fresh, other):
             assert await face.rows(NOTES, tenant) == []
@@ -117,8 +121,11 @@ def test_a_server_edited_to_lead_elsewhere_is_refused_before_a_socket_opens(
         server = estate.db.servers.get("default")
         value = {"host": "localhost", "port": trap.getsockname()[1], "direct_host": "localhost"}[column]
         with edited(estate, servers, {server.id: {column: value}}):
-            with pytest.raises(errors.CredentialTampered), process().connect("acme"):
+            refused = process()
+            with pytest.raises(errors.CredentialTampered), refused.connect("acme"):
                 pass
+            refused._registry.audit._refusals.flush()
+            assert refused.audit.list(limit=1)[0].action == "refused.credential-tampered"
         with pytest.raises(BlockingIOError):
             trap.accept()
     with process().connect("acme") as connection:

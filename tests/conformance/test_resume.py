@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from psycopg import sql
 
-from tenantdb import Tenant, TenantDB, TenantState
-from tenantdb.model import TRANSITIONS
+from tenantdb import Tenant, TenantDB, TenantState, errors
+from tenantdb.model import TRANSITIONS, Fence
 from tenantdb.provisioning.golden import draw_name
+from tenantdb.provisioning.lease import LEASE
 from tenantdb.provisioning.procedures import PROCEDURES
 from tenantdb.provisioning.worker import Orphan
-from tenantdb.registry import operations
+from tenantdb.registry import SignUp, operations
 from tests.conformance.app import MARKER
 from tests.conformance.colours import Face
 from tests.conformance.conftest import Estate
@@ -176,3 +177,35 @@ def test_every_kind_of_operation_has_its_procedure_and_steps_of_different_names(
         assert len(set(names)) == len(names) > 0, kind
         assert all(len(name) <= 40 for name in names)  # the journal's column
         assert not (procedure.makes and procedure.insists)
+
+
+@pytest.mark.parametrize("then", [TenantState.SUSPENDED, TenantState.DELETED])
+def test_an_old_wish_to_serve_again_undoes_no_newer_decision(db: TenantDB, fresh: Tenant, then: TenantState) -> None:
+    suspended = db.suspend(fresh)
+    with db._registry.write() as connection:  # written down by a process that died right after
+        generation = db._registry.tenants.still(connection, suspended)
+        db._registry.operations.create(connection, operations.ACTIVATE, fresh.id, payload={"generation": generation})
+    if then is TenantState.SUSPENDED:
+        db.activate(fresh)
+        db.suspend(fresh)
+    else:
+        db.delete(fresh)
+
+    assert (fresh.slug, operations.ACTIVATE) in db.resume().finished
+
+    assert db.tenants.get(fresh).state is then and db.tenants.get(fresh).fence is Fence.DONE
+
+
+def test_a_sign_up_that_was_deleted_while_it_waited_for_its_turn_is_not_made(db: TenantDB) -> None:
+    slug = f"t-{draw_name()[2:14]}"
+    tenant, operation = db._registry.sign_up(SignUp(slug=slug))
+    failed = db._registry.tenants.transition(tenant, TenantState.FAILED, action="test")
+    db.delete(failed)
+
+    claimed = db._registry.operations.claim(operation.id, "w", LEASE)
+    assert claimed is not None
+    with pytest.raises(errors.ProvisioningError, match="is deleted and cannot become active"):
+        db._runner.carry_out(claimed)
+
+    assert db.tenants.get(slug).state is TenantState.DELETED
+    assert db.purge(slug, confirm=slug, immediately=True).state is TenantState.PURGED

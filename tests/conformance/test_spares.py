@@ -12,11 +12,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, text, update
 from sqlalchemy.orm import Session
 
 from tenantdb import NewUser, Tenant, TenantDB, TenantState, errors
 from tenantdb.provisioning.work import Shop, Work
+from tenantdb.registry import tables
 from tenantdb.registry.operations import PROVISION, SPARE, TAKE, OperationState
 from tests.conformance.colours import COLOURS, Face
 from tests.integration.cluster import Scripts
@@ -402,3 +403,21 @@ def test_taking_a_spare_takes_milliseconds_where_cloning_takes_its_time(shelf: S
     begun = time.perf_counter()
     assert db._registry.operations.for_tenant(db.provision("beta").id, kinds=[PROVISION]) is not None
     assert taken < time.perf_counter() - begun
+
+
+def test_after_a_restore_of_the_registry_spares_are_offered_to_nobody_and_kept(shelf: Shelf) -> None:
+    db = shelf.process()
+    spare = db.spares.fill(1)[0]
+    assert db.provision("earlier").id == spare.id
+    with shelf.world.registry(db) as registry:  # as in a backup from before the sign-up
+        free = {"slug": None, "name": None, "state": "spare", "ready_at": spare.ready_at}
+        registry.execute(update(tables.tenants).where(tables.tenants.c.id == spare.id).values(free))
+    db._registry.forget(spare.id, "earlier")
+
+    assert db.spares.distrust() == 1
+
+    assert db.provision("newcomer").id != spare.id
+    assert db.spares.drain() == 0
+    db.spares.fill(1)
+    kept = next(each for each in db.spares.list() if each.id == spare.id)
+    assert kept.ready_at is None and kept.legal_hold and shelf.exists(kept)

@@ -355,6 +355,21 @@ def test_a_tenant_at_its_limit_of_temporary_files_is_refused_and_no_other(world:
     assert isinstance(caught.value.orig, psycopg.errors.ConfigurationLimitExceeded)
 
 
+@pytest.mark.parametrize("role", DatabaseRole, ids=str)
+def test_a_flood_of_locks_does_not_begin(world: World, role: DatabaseRole) -> None:
+    """D11: it would fill the lock table of the whole server. The twin, under "managed", is named by `check`: see test_isolation.py."""
+    with world.registry() as db:
+        attacker = login(world.cluster, db, db.provision("flooder"), role)
+        neighbour = login(world.cluster, db, db.provision("neighbour"), RUNTIME)
+        with psycopg.connect(world.cluster.server.url(attacker.name, attacker.password, attacker.database), autocommit=True) as held:
+            for function in ("pg_advisory_lock", "pg_try_advisory_lock", "pg_advisory_lock_shared", "pg_try_advisory_lock_shared"):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    held.execute(f"SELECT {function}(g) FROM generate_series(1, 200000) g".encode())
+
+            assert held.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()").fetchall() == [(0,)]
+            assert neighbour.ask("SELECT 1") == world.cluster.sql("SELECT 1") == [(1,)]
+
+
 def test_a_trap_in_a_tenants_database_makes_nobody_a_superuser_whatever_is_done_with_it(world: World, tmp_path: Path) -> None:
     """D20 for every verb; the doctor alone is in test_doctor.py."""
     with world.registry() as db:

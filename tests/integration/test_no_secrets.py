@@ -20,6 +20,7 @@ from tenantdb.backends import backend
 from tenantdb.errors import TenantDBError
 from tenantdb.model import DatabaseRole, NewUser
 from tenantdb.provisioning.work import Work
+from tenantdb.registry.operations import PURGE, ROTATE
 from tenantdb.registry.secrets import Keyring, generate_key
 from tests.integration.cluster import ADMIN_PASSWORD, APP_PASSWORD, KEY, PROVISIONER_PASSWORD, Cluster, Scripts, login
 from tests.procedures import before
@@ -38,7 +39,7 @@ class World:
     registry: str
     scripts: Scripts
     acme: Tenant
-    canaries: frozenset[str]
+    canaries: set[str]
 
     def found_in(self, text: str) -> list[str]:
         return [canary for canary in self.canaries if canary in text]
@@ -54,7 +55,7 @@ def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         roles = [login(cluster, db, acme, role).password for role in DatabaseRole]
         derived = [part.split(":")[1] for purpose in ("owner", "runtime") for part in Keyring([KEY]).derive(purpose)]
         given = [KEY, WRONG_KEY, APP_PASSWORD, ADMIN_PASSWORD, PROVISIONER_PASSWORD, USER_PASSWORD, WRONG_PASSWORD]
-        yield World(cluster, db, registry, scripts, acme, frozenset([*given, *roles, *derived]))
+        yield World(cluster, db, registry, scripts, acme, {*given, *roles, *derived})
 
 
 @pytest.fixture
@@ -181,8 +182,57 @@ def wrong_user_password(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.db.users.authenticate("ann@example.org", WRONG_PASSWORD)
 
 
+def rotation_that_stops_in_the_middle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passwords of both roles are in the registry then, and the server has refused the new ones."""
+
+    def lose_the_right(work: Work) -> None:
+        record = work.registry.tenants.row(world.acme.id)
+        both = [password for role in DatabaseRole for password in work.registry.passwords(record, role)]
+        assert len(both) == 4
+        world.canaries.update(both)
+        world.cluster.sql("ALTER ROLE tenantdb_prov NOCREATEROLE")
+
+    try:
+        with before("change", lose_the_right, kind=ROTATE):
+            world.db.rotate_credentials("acme")
+    finally:
+        world.cluster.sql("ALTER ROLE tenantdb_prov CREATEROLE")
+
+
+def export_by_a_program_that_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.cluster.sql("ALTER TABLE notes OWNER TO postgres", database=str(world.acme.database))
+    try:
+        world.db.export("acme", world.scripts.folder / "acme.tar")
+    finally:
+        world.cluster.sql(f"ALTER TABLE notes OWNER TO {world.acme.owner_role}", database=str(world.acme.database))
+
+
+def adoption_with_a_wrong_password(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.db.adopt("adopted", database="postgres", owner_url=world.cluster.server.url("registry_app", WRONG_PASSWORD, "postgres"))
+
+
+def purge_that_stops_in_the_middle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pull_the_cable(work: Work) -> None:
+        assert work.registry.passwords(work.record, DatabaseRole.OWNER)
+        raise OSError("the cable was pulled")
+
+    world.db.provision("doomed", exist_ok=True)
+    world.db.delete("doomed")
+    with before("roles", pull_the_cable, kind=PURGE):
+        world.db.purge("doomed", confirm="doomed", immediately=True)
+
+
 # What the caller gives stands in the arguments of the call that he made.
-GIVEN_BY_THE_CALLER = {malformed_key, malformed_url, wrong_scheme, password_in_the_query, unknown_setting, taken_slug, wrong_user_password}
+GIVEN_BY_THE_CALLER = {
+    malformed_key,
+    malformed_url,
+    wrong_scheme,
+    password_in_the_query,
+    unknown_setting,
+    taken_slug,
+    wrong_user_password,
+    adoption_with_a_wrong_password,
+}
 FAULTS = [
     wrong_provisioner_password,
     wrong_registry_password,
@@ -201,6 +251,10 @@ FAULTS = [
     tampered_row,
     taken_slug,
     wrong_user_password,
+    rotation_that_stops_in_the_middle,
+    export_by_a_program_that_fails,
+    adoption_with_a_wrong_password,
+    purge_that_stops_in_the_middle,
 ]
 
 

@@ -23,6 +23,7 @@ from tenantdb.backends.postgresql import PostgreSQL
 from tenantdb.errors import HardeningFailed, RegistryError, TenantNotFound
 from tenantdb.model import NewUser, TenantState
 from tenantdb.registry import Keyring, Registry, SignUp, schema, tables
+from tenantdb.registry.operations import SANCTIONED
 from tenantdb.registry.secrets import generate_key
 from tenantdb.settings import ConnectionURL, Settings
 from tenantdb.testing.postgres import EmbeddedServer
@@ -130,6 +131,10 @@ def test_the_serving_login_signs_up_signs_in_suspends_and_logs(walled: Central) 
 
 
 FORBIDDEN = [
+    "INSERT INTO tenantdb_operations (id, sanctioned) VALUES (gen_random_uuid(), true)",
+    "UPDATE tenantdb_operations SET sanctioned = true",
+    "UPDATE tenantdb_operations SET kind = 'import'",
+    "UPDATE tenantdb_operations SET payload = '{}'",
     "SELECT owner_secret FROM tenantdb_tenants",
     "SELECT owner_secret_pending FROM tenantdb_tenants",
     "SELECT * FROM tenantdb_tenants",
@@ -235,7 +240,7 @@ def test_workers_step_over_an_operation_that_another_is_taking(walled: Central) 
         first, _ = registry.sign_up(SignUp(slug="acme"))
         second, _ = registry.sign_up(SignUp(slug="beta"))
         with walled.sql(ADMIN) as admin:
-            admin.execute("SELECT 1 FROM tenantdb_operations WHERE tenant_id = %s FOR UPDATE", [first.id])
+            admin.execute("SELECT 1 FROM tenantdb_tenants WHERE id = %s FOR UPDATE", [first.id])
             taken = registry.operations.claim_next("w1", timedelta(minutes=1))
             assert taken is not None
             assert taken.tenant_id == second.id
@@ -243,3 +248,32 @@ def test_workers_step_over_an_operation_that_another_is_taking(walled: Central) 
         free = registry.operations.claim_next("w1", timedelta(minutes=1))
         assert free is not None
         assert free.tenant_id == first.id
+
+
+@pytest.mark.parametrize("kind", sorted(SANCTIONED))
+def test_no_worker_does_what_the_serving_login_alone_wrote_down(walled: Central, kind: str) -> None:
+    """Or whoever took over a web process could have databases dropped, loaded and taken over."""
+    minute = timedelta(minutes=1)
+    with walled.registry() as registry:
+        tenant, _ = registry.sign_up(SignUp(slug="acme"))
+        with registry.admin_write() as connection:
+            own = registry.operations.create(connection, kind, tenant.id)
+        with walled.sql(APP) as app:
+            forged = app.execute(
+                "INSERT INTO tenantdb_operations"
+                " (id, kind, tenant_id, request_hash, state, started, attempt, payload, created_at, updated_at)"
+                " SELECT gen_random_uuid(), kind, tenant_id, request_hash, 'pending', true, 1, payload, created_at, updated_at"
+                " FROM tenantdb_operations WHERE id = %s RETURNING id",
+                [own.id],
+            ).fetchone()
+            app.commit()
+        assert forged is not None
+        assert registry.operations.claim(forged[0], "w", minute) is None
+        claimed = registry.operations.claim_next("w", minute, kinds=[kind])
+        assert claimed is not None and claimed.id == own.id
+        registry.operations.finish(claimed)
+        with walled.sql(APP) as app:  # what is done is not done again
+            app.execute("UPDATE tenantdb_operations SET state = 'pending'")
+            app.commit()
+        assert registry.operations.claim(own.id, "w", minute) is None
+        assert registry.operations.claim_next("w", minute, kinds=[kind]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +138,7 @@ def reload(cluster: Cluster) -> None:
         assert time.monotonic() < deadline
 
 
-@pytest.mark.parametrize("method", ["trust", "password"])
+@pytest.mark.parametrize("method", ["trust", "password", "md5"])
 def test_a_server_that_asks_for_no_scram_is_sent_no_password(
     tls: tuple[Cluster, Path], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -145,6 +146,10 @@ def test_a_server_that_asks_for_no_scram_is_sent_no_password(
     monkeypatch.setattr("tenantdb.backends.postgresql.connect.is_local", lambda host: False)
     hba = Path(cluster.sql("SHOW hba_file")[0][0])
     kept, registry = hba.read_text(), cluster.new_registry()
+    ((verifier,),) = cluster.sql("SELECT rolpassword FROM pg_authid WHERE rolname = %s", [APP])
+    if method == "md5":  # asked for by the server where the role has such a hash, and as good as the password to who listens
+        hashed = hashlib.md5(f"{APP_PASSWORD}{APP}".encode()).hexdigest()
+        cluster.sql(f"ALTER ROLE {APP} PASSWORD 'md5{hashed}'")
     try:
         hba.write_text(f"hostssl all {APP} all {method}\n{kept}")
         reload(cluster)
@@ -154,5 +159,6 @@ def test_a_server_that_asks_for_no_scram_is_sent_no_password(
         with open_db(cluster, registry, settings={"insecure_transport": True}) as careless:
             assert careless.tenants.list() == []
     finally:
+        cluster.sql(f"ALTER ROLE {APP} PASSWORD '{verifier}'")
         hba.write_text(kept)
         reload(cluster)

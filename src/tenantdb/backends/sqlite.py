@@ -14,8 +14,9 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tenantdb.backends.protocols import Carrier, Doctor, Rows
 
 IDENTITY_TABLE = "tenantdb_identity"
+_SCRATCH = ".tenantdb-"  # folders in which a file is copied before it gets its name
+_LONG_AGO = 3600.0  # seconds
 _FOR_EVER = 2**31 - 1  # milliseconds; to SQLite 0 means not to wait at all
 
 
@@ -329,13 +332,21 @@ class SQLiteWorkshop:
         if template is None:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             return
-        with tempfile.TemporaryDirectory(prefix=".tenantdb-", dir=self._folder) as scratch:
+        self._sweep()
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=self._folder) as scratch:
             copy = Path(scratch) / path.name
             if not self._path(template.database).exists():
                 raise TemplateMissing(template.database)
             shutil.copyfile(self._path(template.database), copy)  # closed and checkpointed, so the file is all there is
             copy.chmod(0o600)
             os.link(copy, path)
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed had begun to copy, long ago."""
+        for left in self._folder.glob(f"{_SCRATCH}*"):
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _LONG_AGO:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         raise ConfigError("SQLite has no roles")
@@ -465,7 +476,7 @@ def _given_back(tenant: Tenant) -> Path:
 
 def _copy(source: Path, target: Path, *, without_ours: bool = False) -> None:
     """With what the write-ahead log holds. The file gets its name when it is whole, and never that of another."""
-    with tempfile.TemporaryDirectory(prefix=".tenantdb-", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=target.parent) as scratch:
         copy = Path(scratch) / target.name
         os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with closing(_read_only(source)) as reading, closing(sqlite3.connect(copy)) as writing:

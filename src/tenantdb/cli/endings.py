@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from uuid import UUID
@@ -77,10 +78,17 @@ def purge(invocation: Invocation, slug: str | None, again: str | None, immediate
     tenant = db.tenants.get(slug, suggest=True)
     if again is None:
         again = _asked_again(tenant)
-    if certificate is not None and certificate.exists():
-        raise UsageProblem(f"{certificate} exists already; nothing was purged")
-    purged = db.purge(tenant, confirm=again, immediately=immediately)
+    if certificate is not None:
+        _reserve(certificate)
+    try:
+        purged = db.purge(tenant, confirm=again, immediately=immediately)
+    except BaseException:
+        if certificate is not None:
+            certificate.unlink()
+        raise
     if purged.state is not TenantState.PURGED:
+        if certificate is not None:
+            certificate.unlink()
         output.say(f"`tenantdb worker` erases it; then `tenantdb certificate {tenant.id}` prints the certificate.")
         _told(invocation, purged)
         return
@@ -107,6 +115,16 @@ def certificate(invocation: Invocation, tenant_id: UUID) -> None:
         output.document(proof)
     else:
         output.record(proof)
+
+
+def _reserve(path: Path) -> None:
+    """Before anything is erased: a place for what is told only once. Raises: `UsageProblem`."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise UsageProblem(f"{path} exists already; nothing was purged") from None
+    except OSError as error:
+        raise UsageProblem(f"{path} cannot be written ({error.strerror}); nothing was purged") from None
 
 
 def _asked_again(tenant: Tenant) -> str:

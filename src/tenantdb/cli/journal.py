@@ -133,6 +133,21 @@ def fill(invocation: Invocation, count: int | None, server: str | None) -> None:
 
 
 @spares.command()
+@json_option
+@pass_invocation
+def distrust(invocation: Invocation) -> None:
+    """After the registry was restored from a backup: offer no spare.
+
+    Some may have been taken since. None is dropped; each has a legal hold until somebody has looked into it.
+    """
+    kept = invocation.database().spares.distrust()
+    if invocation.json:
+        output.document({"distrusted": kept})
+    else:
+        click.echo(f"distrusted: {kept}")
+
+
+@spares.command()
 @yes_option
 @json_option
 @pass_invocation

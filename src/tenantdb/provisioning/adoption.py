@@ -76,7 +76,7 @@ class Adoption:
                 raise IllegalTransition(tenant.slug, str(tenant.state), "given back before it is deleted")
             self._ensure_possible(tenant, url)
             self._hooks.before("give_back", tenant)
-            with self._registry.write() as connection:
+            with self._registry.admin_write() as connection:
                 self._registry.tenants.transition_in(
                     connection, tenant, TenantState.PURGING, action="tenant.giving_back", bump_generation=True, held=False
                 )

@@ -40,7 +40,8 @@ def fence(work: Work) -> Also | None:
 
 def lift(work: Work) -> Also | None:
     """Let the tenant's roles in again, right before the registry says that it is served: no request is refused in between."""
-    if work.record.server is not None and work.tenant.state is not TenantState.ACTIVE:
+    work.reload()
+    if work.record.server is not None and not _is_overtaken(work, work.tenant):
         work.workshop().fence(work.tenant, FenceLevel.OPEN)
     return None
 
@@ -48,16 +49,24 @@ def lift(work: Work) -> Also | None:
 def serve_again(work: Work) -> Also | None:
     def serve(connection: Connection) -> Tenant | None:
         tenants = work.registry.tenants
+        tenants.lock(connection, work.tenant)
         found = tenants.find_in(connection, work.tenant.id)
-        if found.state is TenantState.ACTIVE:  # an earlier attempt got this far
-            return None
+        if _is_overtaken(work, found):
+            return found
         return tenants.transition_in(connection, found, TenantState.ACTIVE, action=f"tenant.{work.operation.kind}", bump_generation=True)
 
     return serve
 
 
+def _is_overtaken(work: Work, found: Tenant) -> bool:
+    """Whether somebody has suspended, deleted or purged it since it was asked for, or an earlier attempt has got to the end: each of these
+    raises the generation. An old wish must not undo a newer one."""
+    return found.generation != work.operation.payload.get("generation")
+
+
 def drop_database(work: Work) -> Also | None:
     """DROP DATABASE cannot be undone, nor be interrupted without leaving the database unusable; so it comes when all is decided."""
+    work.reload()  # ending its sessions may have taken a while, and somebody may have put a hold on it
     ensure_purging(work)
     if work.record.server is None:
         return None

@@ -117,7 +117,7 @@ class Golden:
                 threading.Event().wait(_POLL)
 
     def drop_retired(self, server: Server, workshop: Workshop) -> None:
-        """Drop what is used no more. One that is just being cloned stays until next time."""
+        """Drop what is used no more. One that cannot be dropped now stays until next time."""
         for template in self._registry.templates.list(server):
             if template.state is TemplateState.RETIRED:
                 try:

@@ -61,11 +61,11 @@ def create_database(work: Work) -> Also | None:
 def load(work: Work) -> Also | None:
     """Fill the database from the file. What an earlier attempt left of it is dropped first, with the database: its loading may have been
     interrupted anywhere, and its program may be at work still, which ends with that."""
-    if work.operation.attempt > 1:
-        _start_over(work)
     location = work.shop.engines.locate(work.record, DatabaseRole.OWNER)
     carrier = backend(work.server.backend).carrier(location, work.settings)
     with _source(work) as source:
+        if work.operation.attempt > 1:
+            _start_over(work)
         export = source.export
         check(export, work.registry, work.settings)
         if (export.backend, carrier.member) != (work.server.backend, export.members[0].name):
@@ -122,7 +122,10 @@ def _verify(work: Work) -> None:
 
 
 def _start_over(work: Work) -> None:
-    """Raises: `OperationInProgress` where the tenant is not being made any more."""
+    """Raises: `ImportRefused` where the tenant is not being made any more: then what is there is not an earlier attempt's."""
+    work.reload()
+    if work.tenant.state is not TenantState.PROVISIONING or work.tenant.legal_hold is not None:
+        raise ImportRefused(f"the tenant is {work.tenant.state} by now")
     workshop = work.workshop()
     workshop.hold(work.tenant.database or "")
     workshop.drop_database(work.tenant)

@@ -15,7 +15,7 @@ from datetime import timedelta
 
 from sqlalchemy.engine import Connection
 
-from tenantdb.errors import OperationFailed, ProvisioningError, TenantDBError, describe
+from tenantdb.errors import IllegalTransition, OperationFailed, ProvisioningError, TenantDBError, describe
 from tenantdb.model import Tenant, TenantState
 from tenantdb.provisioning.lease import LEASE, heartbeat
 from tenantdb.provisioning.work import Also, Work
@@ -24,6 +24,8 @@ from tenantdb.registry.records import TenantRecord
 logger = logging.getLogger("tenantdb.provisioning")
 
 _LONGEST_WAIT = 300  # seconds between two attempts
+_MOST_ATTEMPTS = 10  # of what a worker tries again because a server did not answer
+_BEING_MADE = (TenantState.PROVISIONING, TenantState.FAILED)
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,18 @@ class Procedure:
     insists: bool = False
 
 
-def carry_out(work: Work, procedure: Procedure) -> Tenant:
+def carry_out(work: Work, procedure: Procedure, *, patient: bool = False) -> Tenant:
     """Run the remaining steps of a claimed operation, and return the tenant as it is then.
+
+    ``patient``: nobody waits for it, so an outage does not fail the tenant; it is tried again.
 
     Raises: `ProvisioningError` or `OperationFailed`, ``from`` what went wrong.
     """
     operations = work.registry.operations
     with heartbeat(lambda: operations.renew(work.operation, LEASE), f"operation {work.operation.id}"):
         try:
+            if procedure.makes and work.tenant.state not in _BEING_MADE:  # deleted before its turn came, or made by another
+                raise IllegalTransition(work.tenant.slug, str(work.tenant.state), str(TenantState.ACTIVE))
             if procedure.makes and work.tenant.state is TenantState.FAILED:
                 work.registry.tenants.transition(work.tenant, TenantState.PROVISIONING, action="tenant.retry")
                 work.reload()
@@ -72,7 +78,7 @@ def carry_out(work: Work, procedure: Procedure) -> Tenant:
             writes.done()
             work.registry.forget(work.tenant.id, work.tenant.slug)
         except BaseException as error:
-            _give_up(work, procedure, error)
+            _give_up(work, procedure, error, patient=patient)
             if not isinstance(error, Exception):
                 raise
             step_name, problem = work.operation.step or procedure.steps[0].name, describe(error)
@@ -121,7 +127,7 @@ class _Writes:
         self._pending, self._written = [], []
 
 
-def _give_up(work: Work, procedure: Procedure, error: BaseException) -> None:
+def _give_up(work: Work, procedure: Procedure, error: BaseException, *, patient: bool) -> None:
     """Write down why. When even that fails, the lease runs out and the journal still says where to continue."""
     problem = describe(error) if isinstance(error, Exception) else f"interrupted by {type(error).__name__}"
     tenants, operations = work.registry.tenants, work.registry.operations
@@ -134,8 +140,10 @@ def _give_up(work: Work, procedure: Procedure, error: BaseException) -> None:
             tenants.transition_in(connection, tenant, TenantState.FAILED, action="tenant.fail", reason=reason)
 
     try:
-        if procedure.insists:
-            operations.postpone(work.operation, problem, timedelta(seconds=min(2**work.operation.attempt, _LONGEST_WAIT)))
+        outage = isinstance(error, TenantDBError) and error.retryable and work.operation.attempt < _MOST_ATTEMPTS
+        if procedure.insists or (patient and outage):
+            wait = min(2 ** min(work.operation.attempt, 9), _LONGEST_WAIT)
+            operations.postpone(work.operation, problem, timedelta(seconds=wait))
         else:
             operations.fail(work.operation, problem, also=fail_tenant)
         work.registry.forget(work.tenant.id, work.tenant.slug)

@@ -11,8 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-
-from tenantdb.errors import TenantDBError
+from pathlib import Path
 
 logger = logging.getLogger("tenantdb.provisioning")
 
@@ -21,9 +20,11 @@ LEASE = timedelta(minutes=1)
 
 
 def _namespace() -> str:
-    """Where process numbers mean what they mean here: two containers may have one host name, and a process 7 each."""
+    """Where process numbers mean what they mean here: two machines or containers may have one host name, and a process 7 each. Empty where
+    that cannot be told; then nobody is taken for dead."""
     try:
-        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}-{os.readlink('/proc/self/ns/pid').strip('pid:[]')}"
     except OSError:
         return ""
 
@@ -87,7 +88,7 @@ def heartbeat(renew: Callable[[], object], what: str) -> Iterator[None]:
         while not done.wait(LEASE.total_seconds() / 3):
             try:
                 renew()
-            except TenantDBError:
+            except Exception:  # whatever it is, the next beat may come through
                 logger.warning("the lease of %s could not be renewed; its next write will tell", what)
 
     thread = threading.Thread(target=beat, name="tenantdb-lease", daemon=True)

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from tenantdb.context import current_actor
-from tenantdb.errors import ConfigError, IllegalTransition, OperationFailed, OperationInProgress, PurgeRefused
+from tenantdb.errors import ConfigError, IllegalTransition, OperationFailed, OperationInProgress, PurgeRefused, RegistryError
 from tenantdb.model import Tenant, TenantState
 from tenantdb.provisioning.hooks import Hooks
 from tenantdb.provisioning.procedures import Runner
@@ -123,9 +123,8 @@ class Lifecycle:
         self._let_go(changed)
         try:
             changed = self._runner.run_now(operation)
-        except (OperationFailed, OperationInProgress) as error:
+        except (OperationFailed, OperationInProgress, RegistryError) as error:  # it is not served any more in any case
             logger.warning("tenant %s is %s, and its server does not know yet: %s", tenant.id, to, error.explain())
-            changed = self._registry.tenants.get(tenant.id)
         self._hooks.after(verb, changed)
         return changed
 
@@ -138,9 +137,12 @@ class Lifecycle:
             self._hooks.after(verb, changed)
             return changed
         with self._registry.write() as connection:
-            self._registry.tenants.still(connection, tenant)
-            operation = self._registry.operations.create(connection, kind, tenant.id)
-        return self._runner.run_now(operation)
+            generation = self._registry.tenants.still(connection, tenant)
+            operation = self._registry.operations.create(connection, kind, tenant.id, payload={"generation": generation})
+        changed = self._runner.run_now(operation)
+        if changed.state is not TenantState.ACTIVE and self._runner.can_work_on(tenant.server):
+            raise IllegalTransition(tenant.slug, str(changed.state), str(TenantState.ACTIVE))  # somebody decided otherwise meanwhile
+        return changed
 
     def _let_go(self, tenant: Tenant) -> None:
         self._registry.forget(tenant.id, tenant.slug)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from typing import Any
-from uuid import UUID
 
-from tenantdb.errors import CredentialTampered, OperationInProgress, ProvisioningError
-from tenantdb.model import Tenant
+from tenantdb.errors import CredentialTampered, NoServerAvailable, OperationInProgress, ProvisioningError
+from tenantdb.model import Server, Tenant
 from tenantdb.provisioning import adopting, ending, importing, rotation, steps
 from tenantdb.provisioning.journal import Procedure, Step, carry_out
 from tenantdb.provisioning.lease import LEASE, dead, worker
@@ -17,6 +18,8 @@ from tenantdb.provisioning.work import Shop, Work
 from tenantdb.registry import operations as kinds
 from tenantdb.registry.operations import Operation, OperationState
 from tenantdb.registry.records import TenantRecord
+
+logger = logging.getLogger("tenantdb.provisioning")
 
 _SEED = Step("seed", steps.seed, steps.lacks_rows)
 _MAKE = (
@@ -101,9 +104,29 @@ class Runner:
         """Whether this process has a provisioner for a server; for what has no place yet, any."""
         return bool(self.shop.settings.provisioners) if server is None else server in self.shop.settings.provisioners
 
-    def known_servers(self) -> list[UUID]:
-        """The servers of the registry that this process has a provisioner for."""
-        return [server.id for server in self.shop.registry.servers.list() if server.name in self.shop.settings.provisioners]
+    def known_servers(self) -> list[Server]:
+        """The servers of the registry that this process has a provisioner for. One whose row was edited is left out, and logged."""
+        found = []
+        for name in self.shop.settings.provisioners:
+            try:
+                found.append(self.shop.registry.servers.get(name))
+            except NoServerAvailable:
+                continue  # `tenantdb init` registers it
+            except CredentialTampered as error:
+                logger.error("nothing is done on server %s: %s", name, error.explain())
+        return found
+
+    def suits(self, operation: Operation, tenant: Tenant, servers: Collection[Server]) -> bool:
+        """Whether this process can carry an operation out: it has a provisioner for the tenant's server, or for one where it may get a
+        place."""
+        if tenant.server is not None:
+            return any(server.name == tenant.server for server in servers)
+        named, region = operation.payload.get("server"), operation.payload.get("region")
+        return any(named in (None, server.name) and region in (None, server.region) for server in servers)
+
+    def turn(self, operation: Operation) -> threading.BoundedSemaphore:
+        """What to hold while it is carried out."""
+        return self._long_turns if operation.kind in _LONG else self.turns
 
     def dead_workers(self) -> list[str]:
         """Workers of this machine that hold operations and are there no more."""
@@ -125,17 +148,30 @@ class Runner:
         servers = self.known_servers()
         return self.shop.registry.operations.claim_next(worker(), LEASE, kinds=tuple(PROCEDURES), servers=servers, dead=dead)
 
-    def carry_out(self, operation: Operation, wanted: Mapping[str, Any] | None = None, *, record: TenantRecord | None = None) -> Tenant:
-        """Run one that this process has claimed; ``record`` where it was just written. Raises: `ProvisioningError`, `OperationFailed`."""
+    def carry_out(
+        self,
+        operation: Operation,
+        wanted: Mapping[str, Any] | None = None,
+        *,
+        record: TenantRecord | None = None,
+        patient: bool = False,
+    ) -> Tenant:
+        """Run one that this process has claimed; ``record`` where it was just written, ``patient`` where nobody waits for it.
+
+        Raises: `ProvisioningError`, `OperationFailed`.
+        """
         # ``wanted`` is what a repeated call asks for now; where it leaves open, the operation's own wishes hold.
         wanted = {**operation.payload, **{name: value for name, value in (wanted or {}).items() if value is not None}}
         registry = self.shop.registry
         try:
             record = record or registry.tenants.row(operation.tenant_id)
         except CredentialTampered as error:  # nothing can be done with its server; a worker must not stumble over it again and again
-            registry.operations.fail(operation, error.explain())
+            if PROCEDURES[operation.kind].insists:
+                registry.operations.postpone(operation, error.explain(), timedelta(minutes=5))
+            else:
+                registry.operations.fail(operation, error.explain())
             raise ProvisioningError(str(operation.tenant_id), operation.step or "start", error.explain()) from error
-        tenant = carry_out(Work(self.shop, operation, record, wanted), PROCEDURES[operation.kind])
+        tenant = carry_out(Work(self.shop, operation, record, wanted), PROCEDURES[operation.kind], patient=patient)
         self.shop.engines.forget(tenant.id)
         self.announce(operation, tenant)
         return tenant
@@ -155,7 +191,7 @@ class Runner:
         tenant = registry.tenants.row(operation.tenant_id).tenant
         if not self.can_work_on(tenant.server):
             return tenant
-        with self._long_turns if operation.kind in _LONG else self.turns:
+        with self.turn(operation):
             if (claimed := self.claim(operation)) is not None:
                 return self.carry_out(claimed)
         found = registry.operations.get(operation.id)

@@ -106,7 +106,7 @@ class Provisioner:
         operation = self._registry.operations.for_tenant(tenant.id, kinds=(*_MAKING, *_FILLING) if exist_ok else _MAKING)
         if operation is None:
             raise error
-        if exist_ok:
+        if exist_ok and tenant.state not in {TenantState.DELETED, TenantState.PURGING}:
             return tenant, operation
         abandoned = tenant.state is TenantState.PROVISIONING and (
             operation.state is OperationState.RUNNING or _forgotten(operation)  # `claim` tells whether its worker is alive

@@ -17,7 +17,7 @@ from tenantdb.model import DatabaseRole
 from tenantdb.provisioning.work import Also, Work
 from tenantdb.registry.secrets import password
 
-_POLL = 0.1
+_POLL = 0.5
 _MARGIN = 1.0  # seconds
 
 
@@ -36,8 +36,9 @@ def draw_passwords(work: Work) -> Also | None:
 def change_passwords(work: Work) -> Also | None:
     """The server's turn, then at once the registry's. Run again, it sets the same passwords once more."""
     work.reload()  # with the pending ones
-    owner, runtime = (work.registry.passwords(work.record, role)[-1] for role in (DatabaseRole.OWNER, DatabaseRole.RUNTIME))
-    work.workshop().set_passwords(work.tenant, SecretStr(owner), SecretStr(runtime))
+    roles = (DatabaseRole.OWNER, DatabaseRole.RUNTIME)
+    owner, runtime = (SecretStr(work.registry.passwords(work.record, role)[-1]) for role in roles)
+    work.workshop().set_passwords(work.tenant, owner, runtime)
     return lambda connection: work.registry.tenants.promote_secrets(connection, work.tenant)
 
 

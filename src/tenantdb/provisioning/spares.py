@@ -50,15 +50,25 @@ class Spares:
         names = [server] if server is not None else list(self._settings.provisioners)
         if not names or any(not self._runner.can_work_on(name) for name in names):
             raise ConfigError("spares are made by a process with a provisioner; give server=... or TENANTDB_SERVER")
-        for operation in self._registry.operations.unfinished(kinds=[SPARE, REFRESH]):
-            self._run(operation)
+        failures = [self._run(operation) for operation in self._unfinished(names)]
         self.refresh()
         for name in names:
-            while (ready := sum(1 for spare in self.list() if spare.server == name and spare.ready_at is not None)) < wanted:
+            while (ready := self._count(name)) + len(self._unfinished([name])) < wanted:
                 if progress is not None:
                     progress(ready, wanted)
                 self._make(name)
+            if self._count(name) < wanted and (failed := next(filter(None, failures), None)) is not None:
+                raise failed
         return [spare for spare in self.list() if spare.ready_at is not None]
+
+    def _count(self, server: str) -> int:
+        return sum(1 for spare in self.list() if spare.server == server and spare.ready_at is not None)
+
+    def _unfinished(self, names: builtins.list[str]) -> builtins.list[Operation]:
+        """What is being made or migrated on some servers, or failed to be and is tried again."""
+        servers = [server for server in self._runner.known_servers() if server.name in names]
+        found = self._registry.operations.unfinished(kinds=[SPARE, REFRESH])
+        return [each for each in found if self._runner.suits(each, self._registry.tenants.row(each.tenant_id).tenant, servers)]
 
     def refresh(self) -> int:
         """Migrate spares that are behind the head revision, and return how many were. Nobody can take one meanwhile.
@@ -84,12 +94,25 @@ class Spares:
                 dropped += 1
         return dropped
 
+    def distrust(self) -> int:
+        """After the registry was restored from an older backup: offer no spare of it to anybody, and drop none.
+
+        Some may have been taken since and hold somebody's data. Returns how many there are. They keep a legal hold that says why; look into
+        each before you `TenantDB.release` it, after which `drain` drops it.
+        """
+        spares = self.list()
+        for spare in spares:
+            with self._registry.admin_write() as connection:
+                self._registry.tenants.set_ready(connection, spare, ready=False)
+            self._registry.tenants.hold(spare, "the registry was restored from a backup; this spare may have been taken since")
+        return len(spares)
+
     def retire(self, spare: Tenant) -> bool:
-        """Drop one spare; False where somebody has taken it. Raises: `OperationFailed`."""
+        """Drop one spare; False where somebody has taken it, or there is a legal hold on it. Raises: `OperationFailed`."""
         try:
             with self._registry.admin_write() as connection:
                 self._registry.tenants.transition_in(
-                    connection, spare, TenantState.PURGING, action="spare.retire", values={"ready_at": None}
+                    connection, spare, TenantState.PURGING, action="spare.retire", values={"ready_at": None}, held=False
                 )
                 operation = self._registry.operations.create(connection, PURGE, spare.id, payload={"spare": True})
         except IllegalTransition:
@@ -117,13 +140,14 @@ class Spares:
             operation = self._registry.operations.create(connection, SPARE, spare.id, payload={"server": server})
         return self._runner.run_now(operation)
 
-    def _run(self, operation: Operation) -> None:
-        """One that cannot be finished is dropped: there is nothing in it to lose."""
+    def _run(self, operation: Operation) -> OperationFailed | None:
+        """Why it could not be finished, this time."""
         self._none_until.clear()
         try:
             self._runner.run_now(operation)
         except OperationInProgress:
-            return  # another process is at it
+            return None  # another process is at it
         except OperationFailed as error:
-            logger.warning("a spare could not be finished and is dropped: %s", error.explain())
-            self.retire(self._registry.tenants.row(operation.tenant_id).tenant)
+            logger.warning("a spare could not be finished: %s", error.explain())
+            return error
+        return None

@@ -71,7 +71,11 @@ class Registry:
         return self._cache.get(key, self._load)
 
     def _load(self, key: str | UUID) -> TenantRecord:
-        record = self.tenants.record(key)
+        try:
+            record = self.tenants.record(key)
+        except CredentialTampered as error:  # of its server's address
+            self.audit.refused(error.code)
+            raise
         for blob in (record.runtime_secret, record.runtime_secret_pending):  # a connect may be made by an event loop, which cannot wait
             self.keyring.warm(RUNTIME, blob, str(record.tenant.id), f"{DatabaseRole.RUNTIME}_secret")
         return record
@@ -168,7 +172,11 @@ class Registry:
         else:
             sealed, pending = record.runtime_secret, record.runtime_secret_pending
         name = record.tenant.owner_role if role is DatabaseRole.OWNER else record.tenant.runtime_role
-        return [self._open(record, role, blob, name) for blob in ((sealed,) if pending is None else (sealed, pending))]
+        try:
+            return [self._open(record, role, blob, name) for blob in ((sealed,) if pending is None else (sealed, pending))]
+        except CredentialTampered as error:  # whoever can write to the registry tried something
+            self.audit.refused(error.code, record.tenant.id)
+            raise
 
     def runtime_password(self, record: TenantRecord) -> str:
         """The one that holds. Raises: as `passwords`."""

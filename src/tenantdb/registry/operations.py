@@ -17,7 +17,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Connection, Interval, RowMapping, bindparam, func, insert, select, update
 
 from tenantdb.errors import OperationInProgress
-from tenantdb.model import StrEnum
+from tenantdb.model import Server, StrEnum
 from tenantdb.registry import audit, fields, tables
 from tenantdb.registry.transactions import Transactions
 
@@ -35,13 +35,21 @@ CLONE = "clone"
 ADOPT = "adopt"
 GIVE_BACK = "give_back"
 
+SANCTIONED = frozenset({SPARE, REFRESH, ROTATE, ADOPT, GIVE_BACK, IMPORT, CLONE})
+"""Kinds that only the login that owns the registry may write down, and that nobody carries out otherwise: a worker does with databases what
+they say, and whoever has taken over a serving process could say anything. What is done is sanctioned no more."""
+
 _operations = tables.operations
 
 Also = Callable[[Connection], object]
 
 _BEGIN = insert(_operations).values(
     lease_until=func.clock_timestamp(type_=tables.Moment()) + bindparam("lease", type_=Interval()),
-    **{column.name: bindparam(column.name, type_=column.type) for column in _operations.c if column.name != "lease_until"},
+    **{
+        column.name: bindparam(column.name, type_=column.type)
+        for column in _operations.c
+        if column.name not in ("lease_until", "sanctioned")
+    },
 )
 """One that is in somebody's hands from the start, by the database's clock."""
 
@@ -125,9 +133,11 @@ class OperationStore:
         elif worker is not None and lease is not None:
             values |= {"state": OperationState.RUNNING, "attempt": 1, "worker": worker, "lease_until": None}
         written = {**values, "state": values["state"].value}
+        if kind in SANCTIONED:
+            written["sanctioned"] = True
         if values["state"] is not OperationState.RUNNING or lease is None:
             connection.execute(insert(_operations), written)
-        elif connection.dialect.name == "sqlite":
+        elif connection.dialect.name == "sqlite" or kind in SANCTIONED:
             connection.execute(insert(_operations), {**written, "lease_until": now_at(connection) + lease})
         else:
             connection.execute(_BEGIN, {**written, "lease": lease})
@@ -169,6 +179,7 @@ class OperationStore:
         with self._transactions.admin_write() as connection:
             now = now_at(connection)
             takeable = _operations.c.state.in_([OperationState.PENDING.value, OperationState.FAILED.value]) | _abandoned(now, dead)
+            takeable &= _allowed()
             return _take(connection, operation_id, takeable, worker, now + lease, dead)
 
     def claim_next(
@@ -177,18 +188,19 @@ class OperationStore:
         lease: timedelta,
         *,
         kinds: Collection[str] = (PROVISION,),
-        servers: Collection[UUID] | None = None,
+        servers: Collection[Server] | None = None,
         dead: Collection[str] = (),
     ) -> Operation | None:
         """Take the oldest operation that waits or was abandoned; None where there is none. Two workers never get the same.
 
-        Only of ``kinds``: newer code may write down what this one cannot carry out. Only of tenants on ``servers``, or on none yet.
+        Only of ``kinds``: newer code may write down what this one cannot carry out. Only of tenants on ``servers``, or that have no place
+        yet and may get one there.
         """
         with self._transactions.admin_write() as connection:
             now = now_at(connection)
             due = _operations.c.lease_until.is_(None) | (_operations.c.lease_until <= now)
             waiting = ((_operations.c.state == OperationState.PENDING.value) & due) | _abandoned(now, dead)
-            waiting &= _operations.c.kind.in_(kinds)
+            waiting &= _operations.c.kind.in_(kinds) & _allowed()
             other = _operations.alias()
             busy = select(other.c.id).where(
                 (other.c.tenant_id == _operations.c.tenant_id)
@@ -197,14 +209,13 @@ class OperationStore:
                 & (other.c.lease_until > now)
                 & ~other.c.worker.in_(dead)
             )
-            query = select(_operations.c.id).where(waiting & ~busy.exists())
+            tenants = tables.tenants
+            query = select(_operations.c.id).join(tenants, tenants.c.id == _operations.c.tenant_id).where(waiting & ~busy.exists())
             if servers is not None:
-                tenants = tables.tenants
-                query = query.join(tenants, tenants.c.id == _operations.c.tenant_id).where(
-                    tenants.c.server_id.is_(None) | tenants.c.server_id.in_(servers)
-                )
-            query = query.order_by(_operations.c.created_at, _operations.c.id).limit(1)
-            operation_id = connection.scalar(query.with_for_update(skip_locked=True, of=_operations))
+                query = query.where(tenants.c.server_id.in_([server.id for server in servers]) | _may_get_a_place_on(servers))
+            # The tenant's row first, as everybody does, and of those that nobody else is busy with.
+            oldest = query.order_by(_operations.c.created_at, _operations.c.id).limit(1).with_for_update(skip_locked=True, of=tenants)
+            operation_id = connection.scalar(oldest)
             return None if operation_id is None else _take(connection, operation_id, waiting, worker, now + lease, dead)
 
     def queue_again(self, connection: Connection, operation: Operation) -> bool:
@@ -257,7 +268,10 @@ class OperationStore:
             if also is not None:
                 also(connection)
             until = None if wait is None else now_at(connection) + wait
-            ended = _write(connection, operation, _clock(connection), state=state.value, error=error, worker=None, lease_until=until)
+            values: dict[str, Any] = {"state": state.value, "error": error, "worker": None, "lease_until": until}
+            if state is OperationState.DONE and operation.kind in SANCTIONED:
+                values["sanctioned"] = None
+            ended = _write(connection, operation, _clock(connection), **values)
             if state is not OperationState.DONE or also is None:  # what was done tells of itself, where it changes anything here
                 audit.record(
                     connection,
@@ -288,6 +302,20 @@ def _abandoned(now: datetime, dead: Collection[str] = ()) -> ColumnElement[bool]
     if dead:
         gone |= _operations.c.worker.in_(dead)
     return (_operations.c.state == OperationState.RUNNING.value) & gone
+
+
+def _may_get_a_place_on(servers: Collection[Server]) -> ColumnElement[bool]:
+    """A tenant without a place, for which nobody has asked for a server or a region that is none of these."""
+    named, region = _operations.c.payload["server"].as_string(), _operations.c.payload["region"].as_string()
+    fits = (named.is_(None) | named.in_([server.name for server in servers])) & (
+        region.is_(None) | region.in_([server.region for server in servers if server.region is not None])
+    )
+    placeless: ColumnElement[bool] = tables.tenants.c.server_id.is_(None) & fits
+    return placeless
+
+
+def _allowed() -> ColumnElement[bool]:
+    return _operations.c.kind.not_in(SANCTIONED) | _operations.c.sanctioned.is_(True)
 
 
 def _busy(connection: Connection, tenant_id: UUID, *, besides: UUID | None = None, dead: Collection[str] = ()) -> bool:
@@ -341,6 +369,7 @@ def _write(connection: Connection, operation: Operation, now: Any, *, lightly: b
         raise OperationInProgress(str(operation.tenant_id))
     if "state" in values:
         values["state"] = OperationState(values["state"])
+    values.pop("sanctioned", None)
     return replace(operation, **values)
 
 
@@ -355,4 +384,5 @@ def _first(connection: Connection, where: ColumnElement[bool]) -> Operation | No
 
 
 def _operation(row: RowMapping) -> Operation:
-    return Operation(**{**row, "state": OperationState(row["state"])})
+    values = {name: row[name] for name in Operation.__dataclass_fields__}
+    return Operation(**{**values, "state": OperationState(row["state"])})

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError
 from tenantdb.errors import TenantExists, UserExists
 from tenantdb.model import MemberRole, NewUser, Subscription, Tenant, TenantState, User
 from tenantdb.registry import audit, fields
-from tenantdb.registry.operations import PROVISION, TAKE, Operation
+from tenantdb.registry.operations import PROVISION, SANCTIONED, TAKE, Operation
 from tenantdb.registry.passwords import hash_password
 from tenantdb.registry.tenants import SIGNED_UP, SpareWish, sign_up_values
 from tenantdb.registry.transactions import violates
@@ -120,7 +120,7 @@ def _write(
 ) -> tuple[Tenant, Operation]:
     owner = request.owner
     password_hash = hash_password(owner.password) if isinstance(owner, NewUser) else ""  # slow, so before the transaction
-    with registry.write() as connection:
+    with registry.admin_write() if request.kind in SANCTIONED else registry.write() as connection:
         user_id: UUID | None = None
         if isinstance(owner, NewUser):
             made = registry.users.create_in(connection, owner.email, password_hash, first_name=owner.first_name, last_name=owner.last_name)

@@ -233,6 +233,7 @@ operations = Table(
     Column("payload", Document, nullable=False),
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
+    Column("sanctioned", Boolean),  # by the login that owns the registry: what the serving login must not have a worker do
 )
 
 templates = Table(
@@ -280,7 +281,7 @@ APP_COLUMNS: dict[Table, dict[str, list[str]]] = {
     memberships: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     refresh_tokens: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     audit_heads: {"SELECT": [], "INSERT": ["chain", "seq", "mac"], "UPDATE": ["seq", "mac"]},
-    operations: {"SELECT": [], "INSERT": [], "UPDATE": _JOURNAL},
+    operations: {"SELECT": [], "INSERT": [column.name for column in operations.columns if column.name != "sanctioned"], "UPDATE": _JOURNAL},
     servers: {"SELECT": []},
     templates: {"SELECT": []},
     meta: {"SELECT": []},

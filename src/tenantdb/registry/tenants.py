@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam, case, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -311,11 +311,18 @@ class TenantStore:
         audit.record(connection, action, tenant_id=tenant.id, details={"from": str(tenant.state), "to": str(to)})
         return _tenant({**row, "server_name": None if row["server_id"] is None else tenant.server})
 
-    def still(self, connection: Connection, tenant: Tenant) -> None:
-        """Hold the tenant's row in the caller's transaction. Raises: `IllegalTransition` where its state has changed."""
-        state = connection.scalar(select(_tenants.c.state).where(_tenants.c.id == tenant.id).with_for_update())
-        if state != tenant.state.value:
-            raise IllegalTransition(tenant.slug, str(state), str(TenantState.ACTIVE))
+    def still(self, connection: Connection, tenant: Tenant) -> int:
+        """Hold the tenant's row in the caller's transaction, and return its generation. Raises: `IllegalTransition` where its state has
+        changed."""
+        columns = (_tenants.c.state, _tenants.c.generation)
+        row = connection.execute(select(*columns).where(_tenants.c.id == tenant.id).with_for_update()).one()
+        if row.state != tenant.state.value:
+            raise IllegalTransition(tenant.slug, str(row.state), str(TenantState.ACTIVE))
+        return int(row.generation)
+
+    def lock(self, connection: Connection, tenant: Tenant) -> None:
+        """Hold the tenant's row in the caller's transaction, whatever its state."""
+        connection.execute(select(_tenants.c.id).where(_tenants.c.id == tenant.id).with_for_update())
 
     def update(self, tenant: Tenant | UUID | str, **changes: Any) -> Tenant:
         """Change what `UPDATABLE` names and nothing else. None clears a field that may be empty.
@@ -519,7 +526,8 @@ class TenantStore:
             "owner_secret_pending": None,
             "runtime_secret_pending": None,
             "version": _tenants.c.version + 1,
-            "generation": _tenants.c.generation + 1,
+            # Of a tenant that is not served nobody has an engine; and whoever waits to serve it again goes by the generation.
+            "generation": _tenants.c.generation + case((_tenants.c.state == TenantState.ACTIVE.value, 1), else_=0),
             "updated_at": tables.utcnow(),
         }
         pending = (_tenants.c.id == tenant.id) & _tenants.c.runtime_secret_pending.is_not(None)

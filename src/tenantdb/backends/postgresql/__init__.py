@@ -120,9 +120,10 @@ class PostgreSQL:
         with provisioner_connection(url, settings, server.name) as connection:
             database = f"t_{secrets.token_hex(8)}"
             name = sql.Identifier(database)
-            connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(name))
+            connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0 ALLOW_CONNECTIONS false").format(name))
             try:
                 connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
+                connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(name))
                 engine = create_engine(
                     "postgresql+psycopg://",
                     creator=lambda: provisioner_connection(url, settings, server.name, database=database, autocommit=False),

@@ -374,22 +374,16 @@ class PostgreSQLWorkshop:
 
     def fence(self, tenant: Tenant, level: FenceLevel) -> None:
         self._outside()
-        if not self.find_database(tenant.database or "") or not self._is_ours(tenant):
+        may = {tenant.owner_role: level is not FenceLevel.CLOSED, tenant.runtime_role: level is FenceLevel.OPEN}
+        there = self.find_roles([name for name in may if name])
+        statements = [_sql(f"ALTER ROLE {{}} {'LOGIN' if may[name] else 'NOLOGIN'}", _role(name)) for name in there]
+        if self.find_database(tenant.database or "") and self._is_ours(tenant):
+            allowed = sql.SQL("false" if level is FenceLevel.CLOSED else "true")
+            statements.insert(0, _sql("ALTER DATABASE {} ALLOW_CONNECTIONS {}", _name(tenant), allowed))
+        if not statements:
             return
-        database, owner, runtime = _name(tenant), _role(tenant.owner_role), _role(tenant.runtime_role)
         with self._connection.transaction():
-            _run(
-                self._connection,
-                _sql("ALTER DATABASE {} ALLOW_CONNECTIONS {}", database, sql.SQL("false" if level is FenceLevel.CLOSED else "true")),
-                *(
-                    _sql(f"ALTER ROLE {{}} {'LOGIN' if may else 'NOLOGIN'}", role)
-                    for name, role, may in (
-                        (tenant.owner_role, owner, level is not FenceLevel.CLOSED),
-                        (tenant.runtime_role, runtime, level is FenceLevel.OPEN),
-                    )
-                    if self.find_roles([name or ""])
-                ),
-            )
+            _run(self._connection, *statements)
         if level is FenceLevel.SUSPENDED:
             self.end_sessions(tenant, roles=[tenant.runtime_role or ""])
         elif level is FenceLevel.CLOSED:

@@ -27,6 +27,7 @@ def upgrade() -> None:
     ):
         op.add_column("tenantdb_tenants", column)
     op.create_index("tenantdb_tenants_ready_at_idx", "tenantdb_tenants", ["ready_at"])
+    op.add_column("tenantdb_operations", sa.Column("sanctioned", sa.Boolean))
     op.add_column("tenantdb_audit", sa.Column("seq", sa.BigInteger))
     op.add_column("tenantdb_audit", sa.Column("mac", sa.LargeBinary))
     op.add_column("tenantdb_audit", sa.Column("reason", sa.Text))
