@@ -138,10 +138,13 @@ def _clone(world: World, db: TenantDB, model: Tenant, slug: str) -> None:
             "CREATE DATABASE {database} TEMPLATE {model}",
             "REVOKE ALL ON DATABASE {database} FROM PUBLIC",
             "GRANT CONNECT ON DATABASE {database} TO {role}",
+            "ALTER DATABASE {database} OWNER TO {provisioner}",
+            "GRANT {role} TO {provisioner} WITH ADMIN OPTION",  # as whoever creates a role has it since 16
         ):
             superuser.execute(
                 sql.SQL(statement).format(
                     role=sql.Identifier(role),
+                    provisioner=sql.Identifier(db.settings.provisioners[server.name].username or ""),
                     granted=sql.Identifier(model.runtime_role or ""),
                     database=sql.Identifier(database),
                     model=sql.Identifier(model.database or ""),

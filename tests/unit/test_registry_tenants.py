@@ -350,7 +350,13 @@ def test_new_passwords_stand_beside_the_old_ones_until_they_hold(registry: Regis
         with registry.admin_write() as connection:
             registry.tenants.promote_secrets(connection, placed)
     assert found() == [["owner-new"], ["runtime-new"]]
-    assert registry.tenants.get("acme").generation == placed.generation + 1
+    assert registry.tenants.get("acme").generation == placed.generation  # nobody has an engine of a tenant that is not served
+
+    active = registry.tenants.transition(placed, TenantState.ACTIVE, action="test")
+    assert pend("newest")
+    with registry.admin_write() as connection:
+        registry.tenants.promote_secrets(connection, active)
+    assert registry.tenants.get("acme").generation == active.generation + 1
 
 
 # -- spares --

@@ -374,12 +374,19 @@ class PostgreSQLWorkshop:
 
     def fence(self, tenant: Tenant, level: FenceLevel) -> None:
         self._outside()
-        may = {tenant.owner_role: level is not FenceLevel.CLOSED, tenant.runtime_role: level is FenceLevel.OPEN}
-        there = self.find_roles([name for name in may if name])
-        statements = [_sql(f"ALTER ROLE {{}} {'LOGIN' if may[name] else 'NOLOGIN'}", _role(name)) for name in there]
+        database, owner, runtime = _name(tenant), _role(tenant.owner_role), _role(tenant.runtime_role)
+        there = self.find_roles([tenant.owner_role or "", tenant.runtime_role or ""])
+        statements = [
+            _sql(f"ALTER ROLE {{}} {'LOGIN' if may else 'NOLOGIN'}", role)
+            for name, role, may in (
+                (tenant.owner_role, owner, level is not FenceLevel.CLOSED),
+                (tenant.runtime_role, runtime, level is FenceLevel.OPEN),
+            )
+            if name in there
+        ]
         if self.find_database(tenant.database or "") and self._is_ours(tenant):
             allowed = sql.SQL("false" if level is FenceLevel.CLOSED else "true")
-            statements.insert(0, _sql("ALTER DATABASE {} ALLOW_CONNECTIONS {}", _name(tenant), allowed))
+            statements.insert(0, _sql("ALTER DATABASE {} ALLOW_CONNECTIONS {}", database, allowed))
         if not statements:
             return
         with self._connection.transaction():
