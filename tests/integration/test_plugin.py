@@ -7,7 +7,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.world import PostgreSQLWorld
+from tenantdb.testing.postgres import EmbeddedServer
 
 pytest_plugins = ["pytester"]
 
@@ -133,15 +133,15 @@ def test_the_fixtures_work_on_a_postgresql_that_is_started_for_the_run(project: 
 
 
 def test_the_fixtures_work_on_a_server_that_is_there_and_leave_it_as_it_was(
-    project: pytest.Pytester, postgresql_world: PostgreSQLWorld
+    project: pytest.Pytester,
 ) -> None:
-    catalogue = "SELECT datname, datacl::text FROM pg_database UNION ALL SELECT rolname, NULL FROM pg_roles ORDER BY 1"
-    with psycopg.connect(postgresql_world.superuser_url) as connection:
+    catalogue = "SELECT datname, datacl::text FROM pg_database UNION ALL SELECT rolname, NULL FROM pg_roles ORDER BY 1, 2"
+    with EmbeddedServer(fsync=False) as server, psycopg.connect(server.url()) as connection:
         connection.execute("CREATE ROLE ci LOGIN CREATEDB CREATEROLE PASSWORD 'ci'")
         connection.execute("GRANT CONNECT ON DATABASE postgres TO ci")
         connection.commit()
         before = connection.execute(catalogue).fetchall()
-        run(project, f"--tenantdb={postgresql_world.server.url('ci', 'ci')}").assert_outcomes(passed=6)
+        run(project, f"--tenantdb={server.url('ci', 'ci')}").assert_outcomes(passed=6)
         assert connection.execute(catalogue).fetchall() == before
 
 
