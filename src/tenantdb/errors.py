@@ -7,6 +7,7 @@ processes). "Unknown tenant", "tenant not servable" and "registry unreachable" a
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -242,18 +243,24 @@ class TenantSuspended(TenantError):
 
 
 class TenantNotReady(TenantError):
-    """The tenant exists and cannot be served now: provisioning, failed, or under maintenance. Facts: ``tenant``, ``state``."""
+    """The tenant exists and cannot be served now: provisioning, failed, under maintenance, or its schema is at a revision that this code
+    cannot serve. Facts: ``tenant``, ``state``; ``problem`` where the state alone does not say why."""
 
     code = "tenant-not-ready"
     http_status = 503
     retryable = True
     retry_after = 5
 
-    def __init__(self, tenant: str, state: str) -> None:
-        TenantDBError.__init__(self, tenant, state)
-        self.tenant, self.state = tenant, state
+    def __init__(self, tenant: str, state: str, problem: str | None = None) -> None:
+        TenantDBError.__init__(self, tenant, state, problem)
+        self.tenant, self.state, self.problem = tenant, state, problem
 
     def explain(self) -> str:
+        if self.problem is not None:
+            return (
+                f"tenant {self.tenant!r} is {self.state} and not ready: {self.problem}. Migrate it (`tenantdb migrate --tenant"
+                f" {self.tenant}`), or where it is ahead, deploy the code that serves it"
+            )
         return f"tenant {self.tenant!r} is not ready: it is {self.state}. `tenantdb show {self.tenant}` says why"
 
 
@@ -434,6 +441,36 @@ class MigrationError(TenantDBError):
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
         self.problem = problem
+
+
+class RolloutConflict(TenantDBError):
+    """Another rollout that has not ended has work left on the same tenants. Nothing was written. Facts: ``rollout`` (the other one's id),
+    ``tenants`` (slugs, three at most)."""
+
+    code = "rollout-conflict"
+    http_status = 409
+
+    def __init__(self, rollout: str, tenants: Sequence[str]) -> None:
+        super().__init__(rollout, tuple(tenants))
+        self.rollout, self.tenants = rollout, tuple(tenants)
+
+    def explain(self) -> str:
+        named = ", ".join(repr(tenant) for tenant in self.tenants)
+        return f"rollout {self.rollout} has not ended and has work left, for example on {named}. Resume it, or cancel it first"
+
+
+class RolloutNotFound(TenantDBError):
+    """No such rollout, or none at all yet. Fact: ``rollout``, its id, None where the newest was asked for."""
+
+    code = "rollout-not-found"
+    http_status = 404
+
+    def __init__(self, rollout: str | None = None) -> None:
+        super().__init__(rollout)
+        self.rollout = rollout
+
+    def explain(self) -> str:
+        return "there is no rollout yet" if self.rollout is None else f"no rollout {self.rollout}"
 
 
 # -- connections -----------------------------------------------------------------------------------------------------------------------
@@ -728,15 +765,37 @@ class UserNotFound(TenantDBError):
 def describe(error: BaseException) -> str:
     """An exception in one line that is safe to store and log: the type, and the text only of our own errors and of plain ones.
 
-    A database driver's text may quote a row, so of those only the type and SQLSTATE are kept.
+    A database driver's text may quote a row, so of those only the type and SQLSTATE are kept, and the names of tables and columns where
+    the text has nothing else: a relation that exists already, a constraint that was violated.
     """
     if isinstance(error, TenantDBError):
         return error.explain()
     origin: Any = getattr(error, "orig", None) or error
     sqlstate = getattr(origin, "sqlstate", None) or getattr(origin, "sqlite_errorname", None)
     if sqlstate or hasattr(error, "orig"):
-        return f"{type(origin).__name__}" + (f" ({sqlstate})" if sqlstate else "")
+        told = f"{type(origin).__name__}" + (f" ({sqlstate})" if sqlstate else "")
+        return f"{told}: {names}" if (names := _names_in(origin)) else told
     return f"{type(error).__name__}: {error}"
+
+
+def _names_in(error: Any) -> str | None:
+    """What a driver's error says of the schema, without what it may say of rows."""
+    diagnosis, sqlstate = getattr(error, "diag", None), getattr(error, "sqlstate", None) or ""
+    if diagnosis is None:
+        found = _SQLITE_NAMES.match(str(error))
+        return found and found[0]
+    if sqlstate in _ABOUT_THE_SCHEMA:
+        return str(diagnosis.message_primary)
+    of_a_row = [("constraint", diagnosis.constraint_name), ("column", diagnosis.column_name), ("of table", diagnosis.table_name)]
+    return " ".join(f'{what} "{name}"' for what, name in of_a_row if name) or None
+
+
+_ABOUT_THE_SCHEMA = frozenset({"2BP01", "42501", "42701", "42703", "42704", "42710", "42723", "42883", "42P01", "42P06", "42P07", "42P16"})
+"""SQLSTATEs whose message names objects and types and nothing else: dependent objects, missing rights, what is or is not there."""
+_SQLITE_NAMES = re.compile(
+    r"(?:table|index|view|trigger) \S+ already exists|no such (?:table|column|index|view|trigger): \S+|duplicate column name: \S+"
+    r"|table \S+ has no column named \S+|(?:UNIQUE|NOT NULL) constraint failed: [\w., ]+"
+)
 
 
 def describe_with_frames(error: BaseException) -> str:

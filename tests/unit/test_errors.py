@@ -54,7 +54,7 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.InvalidTenantKey: ("Acme", "lower case only"),
     errors.TenantExists: ("acme",),
     errors.TenantSuspended: ("acme",),
-    errors.TenantNotReady: ("acme", "maintenance"),
+    errors.TenantNotReady: ("acme", "active", "its schema is at revision '0001'"),
     errors.IllegalTransition: ("acme", "active", "purged"),
     errors.ProvisioningError: ("acme", "seed", "it raised"),
     errors.ExportError: ("acme", "the disk is full"),
@@ -67,6 +67,8 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.NoServerAvailable: ("eu-1",),
     errors.HardeningFailed: (("PUBLIC may connect", "the role is a superuser"),),
     errors.MigrationError: ("there is no env.py",),
+    errors.RolloutConflict: ("0b1c", ("acme", "beta")),
+    errors.RolloutNotFound: ("0b1c",),
     errors.ServerUnavailable: ("default", "nothing listens there"),
     errors.ServerStartFailed: ("it ended", ("line 1", "line 2")),
     errors.BudgetExhausted: ("acme", 30.02, STATS, ("globex",), False),
@@ -195,7 +197,7 @@ def test_the_docs_page_has_every_code_once_and_no_other() -> None:
     assert [code for code in codes if anchors.count(code) != 1] == []
 
 
-def test_describe_keeps_our_words_and_drops_a_drivers_because_they_may_quote_a_row() -> None:
+def test_describe_keeps_our_words_and_of_a_drivers_the_names_alone_because_the_rest_may_quote_a_row() -> None:
     assert describe(errors.TenantSuspended("acme")) == errors.TenantSuspended("acme").explain()
     assert describe(ValueError("three beds")) == "ValueError: three beds"
     connection = sqlite3.connect(":memory:")
@@ -203,7 +205,10 @@ def test_describe_keeps_our_words_and_drops_a_drivers_because_they_may_quote_a_r
     connection.execute("INSERT INTO patients VALUES ('canary')")
     with pytest.raises(sqlite3.IntegrityError) as caught:
         connection.execute("INSERT INTO patients VALUES ('canary')")
+    with pytest.raises(sqlite3.OperationalError) as malformed:
+        connection.execute("SELECT json_extract('{}', 'canary')")
     connection.close()
     wrapped = IntegrityError("INSERT INTO patients VALUES ('canary')", None, caught.value)
     assert describe(wrapped).startswith("IntegrityError")
-    assert "canary" not in describe(wrapped) and "patients" not in describe(wrapped)
+    assert describe(wrapped).endswith(": UNIQUE constraint failed: patients.name")
+    assert "canary" in str(malformed.value) and "canary" not in describe(malformed.value)

@@ -19,6 +19,7 @@ from tenantdb.registry.memberships import MembershipStore
 from tenantdb.registry.operations import Operation, OperationState, OperationStore
 from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.refresh_tokens import RefreshGrant, RefreshTokenStore
+from tenantdb.registry.rollouts import RolloutStore
 from tenantdb.registry.rotation import KeyKeeper
 from tenantdb.registry.secrets import OWNER, RUNTIME, Keyring, password_place
 from tenantdb.registry.servers import ServerStore
@@ -60,6 +61,7 @@ class Registry:
         self.operations = OperationStore(self._transactions)
         self.keys = KeyKeeper(self._transactions, keyring, self.forget)
         self.templates = TemplateStore(self._transactions)
+        self.rollouts = RolloutStore(self._transactions, self.forget)
 
     # -- the data path --
 

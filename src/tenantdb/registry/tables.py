@@ -16,6 +16,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Float,
     ForeignKey,
     Identity,
     Index,
@@ -251,6 +252,49 @@ templates = Table(
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
     UniqueConstraint("server_id", "database"),
+)
+
+rollouts = Table(
+    "tenantdb_rollouts",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("target", Text, nullable=False),  # empty: before the first revision
+    Column("state", String(20), nullable=False),
+    Column("options", Document, nullable=False),
+    Column("worker", Text),
+    Column("lease_until", Moment),
+    Column("error", Text),
+    Column("total", Integer, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    Column("finished_at", Moment),
+)
+
+rollout_attempts = Table(
+    "tenantdb_rollout_attempts",
+    metadata,
+    Column("rollout_id", Uuid, ForeignKey("tenantdb_rollouts.id"), primary_key=True),
+    Column("tenant_id", Uuid, ForeignKey("tenantdb_tenants.id"), primary_key=True),
+    Column("wave", Integer, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("from_revision", Text),
+    Column("to_revision", Text),
+    Column("engine", String(20)),
+    Column("tries", Integer, nullable=False),
+    Column("started_at", Moment),
+    Column("finished_at", Moment),
+    Column("seconds", Float),
+    Column("error", Text),
+    Column("sqlstate", String(5)),
+    Column("worker", Text),
+)
+
+Index(
+    "tenantdb_rollout_attempts_rollout_id_state_position_idx",
+    rollout_attempts.c.rollout_id,
+    rollout_attempts.c.state,
+    rollout_attempts.c.position,  # so that a page of those that wait costs the same however many wait
 )
 
 meta = Table(
