@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from sqlalchemy import MetaData
 from sqlalchemy.engine import Connection
 
 from tenantdb.errors import MigrationError, TenantDBError
-from tenantdb.migrations.scripts import CONNECTION, upgrade_in_place
+from tenantdb.migrations.scripts import CONNECTION, OPTIONS, upgrade_in_place
 
 _COMPARING = frozenset({"revision", "check"})
 
@@ -48,6 +48,9 @@ def run_env(db: HasDatabases, *, target_metadata: MetaData | None, **options: An
     ``fileConfig`` would switch the application's loggers off. Raises: `MigrationError`, as Alembic's `CommandError` under its command line.
     """
     config = context.config
+    if (asked := config.attributes.get(OPTIONS)) is not None:
+        asked.append({"target_metadata": target_metadata, **options})
+        return
     try:
         if context.is_offline_mode():
             _configure(target_metadata, options, dialect_name=db.migrations.dialect_name, literal_binds=True)
@@ -58,7 +61,7 @@ def run_env(db: HasDatabases, *, target_metadata: MetaData | None, **options: An
             _configure(target_metadata, options, connection=connection)
             with context.begin_transaction():
                 context.run_migrations()
-                _check_references(connection)
+                check_references(connection)
     except TenantDBError as error:
         if config.cmd_opts is not None:
             raise CommandError(str(error)) from error
@@ -80,12 +83,15 @@ def _connection(databases: Databases, config: Any, metadata: MetaData | None, op
             " `alembic -x tenant=SLUG ...` works on one"
         )
     with databases.scratch_connection() as connection:
-        upgrade_in_place(connection, context.script, _options(metadata, options, connection.dialect.name))
+        upgrade_in_place(connection, context.script, configure_options(metadata, options, connection.dialect.name))
         yield connection
 
 
-def _check_references(connection: Connection) -> None:
-    """SQLite migrates with foreign keys off, or rebuilding a table would delete what refers to it; so look before the commit."""
+def check_references(connection: Connection) -> None:
+    """SQLite migrates with foreign keys off, or rebuilding a table would delete what refers to it; so look before the commit.
+
+    Raises: `MigrationError`.
+    """
     if connection.dialect.name == "sqlite" and (dangling := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()):
         tables = ", ".join(sorted({f"{row[0]} to {row[2]}" for row in dangling}))
         raise MigrationError(f"the migration leaves {len(dangling)} rows that refer to rows that are not there ({tables}); it was undone")
@@ -99,10 +105,11 @@ def _command_name(config: Any) -> str | None:
 def _configure(metadata: MetaData | None, options: dict[str, Any], **target: Any) -> None:
     connection: Connection | None = target.get("connection")
     dialect = connection.dialect.name if connection is not None else target["dialect_name"]
-    context.configure(**target, **_options(metadata, options, dialect))
+    context.configure(**target, **configure_options(metadata, options, dialect))
 
 
-def _options(metadata: MetaData | None, options: dict[str, Any], dialect: str) -> dict[str, Any]:
+def configure_options(metadata: MetaData | None, options: Mapping[str, Any], dialect: str) -> dict[str, Any]:
+    """What ``context.configure`` gets: our defaults, under what the application's ``env.py`` says."""
     given: Callable[..., bool] | None = options.get("include_object")
 
     def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:

@@ -1,7 +1,8 @@
 """One database brought to one revision by the application's Alembic scripts.
 
 Alembic's ``op`` and ``context`` are globals of the process: two upgrades at once run one tenant's DDL in another's database and report
-success. So everything that runs Alembic here, the registry's own history included, holds one lock of the process.
+success. So everything that runs Alembic's commands here, the registry's own history included, holds one lock of the process. What
+migrates many at once is in `tenantdb.migrations.local`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tenantdb.errors import MigrationError
 from tenantdb.registry.schema import alembic_lock
 
 CONNECTION = "connection"  # key in Config.attributes, as in Alembic's cookbook
-OPTIONS = "tenantdb_options"
+OPTIONS = "tenantdb_options"  # likewise: a list, to which `run_env` adds what it was given, and migrates nothing
 
 
 class Scripts:
@@ -34,35 +35,39 @@ class Scripts:
     def __init__(self, location: str) -> None:
         self._location = location
 
+    def __str__(self) -> str:
+        return self._location
+
     @property
     def head(self) -> str | None:
         """The newest revision, None for a location without revisions."""
-        with alembic_lock, _as_migration_error():
-            return ScriptDirectory.from_config(self._config()).get_current_head()
+        with alembic_lock, as_migration_error():
+            return ScriptDirectory.from_config(self.config()).get_current_head()
 
     def identity(self) -> tuple[str | None, str]:
         """The head, and a digest of all revision files: who edits one without a new number has other migrations all the same.
 
         Read anew only when a file has changed. Raises: as the constructor says.
         """
-        known = _identities.get(self._location)
+        place = self._place
+        known = _identities.get(place)
         if known is not None and known[0] == _stamps(known[1]):
             return known[2]
-        with alembic_lock, _as_migration_error():
-            scripts = ScriptDirectory.from_config(self._config())
+        with alembic_lock, as_migration_error():
+            scripts = ScriptDirectory.from_config(self.config())
             folders = tuple(dict.fromkeys(str(folder) for folder in (scripts.dir, *scripts._version_locations)))
             stamps = _stamps(folders)
             digest = hashlib.sha256()
             for path, *_ in stamps:
                 digest.update(Path(path).name.encode() + b"\0" + Path(path).read_bytes() + b"\0")
             found = scripts.get_current_head(), digest.hexdigest()
-        _identities[self._location] = stamps, folders, found
+        _identities[place] = stamps, folders, found
         return found
 
     def knows(self, revision: str) -> bool:
         """Whether a revision is one of these scripts'. Raises: as the constructor says."""
-        with alembic_lock, _as_migration_error():
-            scripts = ScriptDirectory.from_config(self._config())
+        with alembic_lock, as_migration_error():
+            scripts = ScriptDirectory.from_config(self.config())
             return any(script.revision == revision for script in scripts.walk_revisions())
 
     def upgrade(self, engine: Engine, revision: str = "head") -> str | None:
@@ -71,10 +76,10 @@ class Scripts:
         On PostgreSQL and SQLite a migration that raises leaves nothing of itself behind. May run again. Raises: `MigrationError` where the
         script location is unusable or its ``env.py`` migrated something else; what a migration raises passes through unchanged.
         """
-        config = self._config()
+        config = self.config()
         with alembic_lock, engine.connect() as connection:
             config.attributes[CONNECTION] = connection
-            with _as_migration_error():
+            with as_migration_error():
                 command.upgrade(config, revision)
             connection.rollback()
             found = current_revision(connection)
@@ -85,21 +90,35 @@ class Scripts:
             )
         return found
 
-    def stamp(self, engine: Engine, revision: str) -> str | None:
-        """Write down in a database that it is at a revision, without migrating it, and return what it says then. Raises: as `upgrade`."""
-        config = self._config()
+    def downgrade(self, engine: Engine, revision: str) -> str | None:
+        """Bring a database back to an earlier revision, ``base`` for an empty one, and return what it is at then. Raises: as `upgrade`."""
+        config = self.config()
         with alembic_lock, engine.connect() as connection:
             config.attributes[CONNECTION] = connection
-            with _as_migration_error():
+            with as_migration_error():
+                command.downgrade(config, revision)
+            connection.rollback()
+            return current_revision(connection)
+
+    def stamp(self, engine: Engine, revision: str) -> str | None:
+        """Write down in a database that it is at a revision, without migrating it, and return what it says then. Raises: as `upgrade`."""
+        config = self.config()
+        with alembic_lock, engine.connect() as connection:
+            config.attributes[CONNECTION] = connection
+            with as_migration_error():
                 command.stamp(config, revision)
             connection.rollback()
             return current_revision(connection)
 
-    def _config(self) -> Config:
+    def config(self) -> Config:
+        """A new Alembic configuration of this location."""
         config = Config()
-        location = self._location if ":" in self._location else str(Path(self._location).absolute())
-        config.set_main_option("script_location", location.replace("%", "%%"))
+        config.set_main_option("script_location", self._place.replace("%", "%%"))
         return config
+
+    @property
+    def _place(self) -> str:
+        return self._location if ":" in self._location else str(Path(self._location).absolute())
 
 
 _Stamps = list[tuple[str, int, int]]
@@ -137,7 +156,8 @@ def upgrade_in_place(connection: Connection, scripts: ScriptDirectory, options: 
 
 
 @contextmanager
-def _as_migration_error() -> Iterator[None]:
+def as_migration_error() -> Iterator[None]:
+    """Alembic's own complaints become ours."""
     try:
         yield
     except CommandError as error:

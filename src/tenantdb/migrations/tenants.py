@@ -16,7 +16,7 @@ from tenantdb.registry import Registry
 from tenantdb.resolvers import tenant_key
 from tenantdb.settings import Settings
 
-_MIGRATED = (TenantState.ACTIVE, TenantState.SUSPENDED, TenantState.MAINTENANCE)
+MIGRATED = (TenantState.ACTIVE, TenantState.SUSPENDED, TenantState.MAINTENANCE)
 
 
 class TenantMigrations:
@@ -46,7 +46,7 @@ class TenantMigrations:
     def pending(self) -> list[Tenant]:
         """The tenants whose recorded revision is not the head, by slug: active, suspended and under maintenance."""
         head = self.head
-        tenants = [tenant for state in _MIGRATED for tenant in self._registry.tenants.list(state)]
+        tenants = [tenant for state in MIGRATED for tenant in self._registry.tenants.list(state)]
         return sorted((tenant for tenant in tenants if tenant.revision != head), key=lambda tenant: tenant.slug)
 
     def upgrade(self, tenant: Tenant | str, revision: str = "head") -> Tenant:
