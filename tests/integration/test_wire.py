@@ -411,27 +411,86 @@ def test_statements_that_are_prepared_at_once_survive_the_error_before_them(plac
     place.run(scenario, prepare_threshold=0)
 
 
-def test_a_plan_that_a_migration_has_outdated_fails_once_and_not_for_ever(place: Place) -> None:
-    place.do("CREATE TABLE changing (value int); GRANT SELECT ON changing TO {}", sql.Identifier(place.runtime.name))
+@pytest.fixture
+def changing(place: Place) -> Iterator[Callable[[], object]]:
+    """A table with one column, ``value``; called, it gets another type and another column beside it."""
+    place.do("CREATE TABLE changing AS SELECT 1 AS value; GRANT SELECT, INSERT ON changing TO {}", sql.Identifier(place.runtime.name))
+    yield lambda: place.do("ALTER TABLE changing ALTER value TYPE text, ADD more int")
+    place.do("DROP TABLE changing")
+
+
+def outdated(engine: Engine, change: Callable[[], object], *statements: str) -> None:
+    """Prepared before, and wrong afterwards; the connection rests in its pool."""
+    for _ in range(10):
+        with DeferringSession(engine) as session:
+            for statement in statements:
+                session.execute(text(statement))
+    change()
+
+
+@pytest.mark.parametrize("mode", ["ordinary", "serializable", "autocommit"])
+def test_a_plan_that_a_migration_has_outdated_is_made_anew(place: Place, changing: Callable[[], object], mode: str) -> None:
+    options = {} if mode == "ordinary" else {"isolation_level": mode.upper()}
 
     def scenario(engine: Engine) -> None:
-        for _ in range(10):
-            with DeferringSession(engine) as session:
-                session.execute(text("SELECT * FROM changing"))
-        place.do("ALTER TABLE changing ALTER value TYPE text")
-        with DeferringSession(engine) as session:
-            mine = pid(session)
-            with pytest.raises(DBAPIError, match="cached plan must not change result type"):
-                session.execute(text("SELECT * FROM changing"))
-        for _ in range(10):
-            with DeferringSession(engine) as session:
-                session.execute(text("SELECT * FROM changing"))
-                assert pid(session) == mine
+        outdated(engine, changing, "SELECT value FROM changing", "INSERT INTO changing VALUES (1) RETURNING value")
+        with engine.connect() as connection:
+            assert prepared(connection) >= 2
+        with engine.connect().execution_options(**options) as connection:
+            assert {value for (value,) in connection.execute(text("SELECT value FROM changing"))} == {"1"}
+            assert connection.scalar(text("INSERT INTO changing VALUES (2) RETURNING value")) == "2"
+            assert connection.scalar(text("SHOW transaction_isolation")) == ("serializable" if mode == "serializable" else "read committed")
+            connection.rollback()
+        with engine.connect() as connection:
+            kept = connection.scalar(text("SELECT count(*) FROM changing WHERE value = '2'"))
+            assert kept == (1 if mode == "autocommit" else 0)
 
-    try:
-        place.run(scenario)
-    finally:
-        place.do("DROP TABLE changing")
+    place.run(scenario)
+
+
+def test_a_star_is_never_outdated(place: Place, changing: Callable[[], object]) -> None:
+    """In the middle of a transaction there would be no way back."""
+    statements = ["SELECT * FROM changing", "SELECT c.* FROM changing c", "INSERT INTO changing VALUES (1) RETURNING *"]
+
+    def scenario(engine: Engine) -> None:
+        outdated(engine, changing, *statements)
+        with DeferringSession(engine) as session:
+            assert session.scalar(text("SELECT 1")) == 1
+            assert [list(session.execute(text(statement)).keys()) for statement in statements] == [["value", "more"]] * 3
+
+    place.run(scenario)
+
+
+@pytest.mark.parametrize("before", ["SELECT 1", "SAVEPOINT here", "DECLARE c CURSOR FOR SELECT 1"])
+def test_in_the_middle_of_a_transaction_an_outdated_plan_fails_once_and_not_for_ever(
+    place: Place, changing: Callable[[], object], before: str
+) -> None:
+    def scenario(engine: Engine) -> None:
+        outdated(engine, changing, "SELECT value FROM changing")
+        with DeferringSession(engine) as session:
+            session.execute(text(before))
+            with pytest.raises(DBAPIError, match="cached plan must not change result type"):
+                session.execute(text("SELECT value FROM changing"))
+        for _ in range(10):
+            with DeferringSession(engine) as session:
+                session.execute(text(before))
+                session.execute(text("SELECT value FROM changing"))
+
+    place.run(scenario)
+
+
+def test_what_the_application_has_prepared_itself_is_not_thrown_away_under_it(place: Place, changing: Callable[[], object]) -> None:
+    def scenario(engine: Engine) -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("PREPARE mine AS SELECT 7"))
+            for _ in range(10):
+                connection.execute(text("SELECT value FROM changing"))
+            changing()
+            with pytest.raises(DBAPIError, match="cached plan must not change result type"):
+                connection.execute(text("SELECT value FROM changing"))
+            assert connection.scalar(text("EXECUTE mine")) == 7
+
+    place.run(scenario)
 
 
 # SQLAlchemy's own behaviour

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tenantdb.model import DatabaseRole, Server, StrEnum, Tenant
@@ -127,3 +128,28 @@ class TableShape:
     primary_key: Sequence[str] = ()
     unique: Sequence[Sequence[str]] = ()
     foreign_keys: Sequence[tuple[Sequence[str], str, Sequence[str]]] = ()
+
+
+RIGHTS = "rights"
+"""The kind of line that says who owns an object and who may do what with it."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SchemaLine:
+    """One object of a schema, so that two databases can be compared line by line: no two lines have the same kind and name, nothing in it
+    depends on when the object was made, and the tenant's roles stand as OWNER and RUNTIME. ``part_of`` names the table or other object
+    without which this one would not be."""
+
+    kind: str
+    name: str
+    definition: str
+    part_of: str = ""
+
+
+def fingerprint(lines: Iterable[SchemaLine]) -> str:
+    """A digest that is the same for the same sorted lines: 64 hex digits."""
+    digest = hashlib.sha256()
+    for line in lines:
+        for text in (line.kind, line.name, line.definition):
+            digest.update(f"{len(text)}:{text}".encode())
+    return digest.hexdigest()

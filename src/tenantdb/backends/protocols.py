@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import Dialect
 
-from tenantdb.backends.base import FenceLevel, FoundDatabase, Location, ServerReport, Surroundings, Survey, TableShape
+from tenantdb.backends.base import FenceLevel, FoundDatabase, Location, SchemaLine, ServerReport, Surroundings, Survey, TableShape
 from tenantdb.backends.weakness import Diagnosis, Patient, ServerExamination
 from tenantdb.model import Server, Template, Tenant
 from tenantdb.settings import ConnectionURL, Settings
@@ -51,6 +51,9 @@ class Workshop(Protocol):
     def find_roles(self, names: Sequence[str]) -> list[str]: ...
     def are_taken(self, database: str, roles: Sequence[str]) -> bool:
         """Whether the server has a database or a role of one of these names. Where not, the database's name is held, as by `hold`."""
+
+    def sizes(self) -> dict[str, int]:
+        """The databases of the server and their sizes in bytes."""
 
     def ours(self) -> tuple[set[str], set[str]]:
         """The databases and the roles on the server whose names look as if we had drawn them."""
@@ -207,5 +210,18 @@ class Backend(Protocol):
     def carrier(self, location: Location, settings: Settings) -> Carrier:
         """Who takes the database at ``location``, which is the owner role's, out and in. Opens nothing yet."""
 
+    def keep_copy(self, location: Location) -> None:
+        """Before a migration: keep the file as it is now, where a database is one. The copy before it goes, and all go with the tenant."""
+
+    async def send_script(self, location: Location, settings: Settings, script: str) -> list[tuple[Any, ...]]:
+        """Send statements to a tenant's database as one message, on a connection of its own that the caller holds a place for. Returns the
+        rows of the last one. Raises: `ConnectFailed`, `WrongDatabase`; what the driver raises."""
+
     def rows(self, connection: Connection, schemas: Sequence[str]) -> Rows:
         """Who reads the rows of a tenant's tables, in the transaction that begins with the first read."""
+
+    def schema_lines(self, connection: Connection, tenant: Tenant | None = None) -> list[SchemaLine]:
+        """The schema, sorted, without what is tenantdb's own, what an extension brought, and Alembic's version table. Changes nothing.
+
+        ``tenant`` whose database it is; None for a scratch database, of which nobody's rights are told.
+        """

@@ -29,7 +29,17 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import NullPool, QueuePool
 
 from tenantdb.backends import recordlog
-from tenantdb.backends.base import ConnectFailed, FailureClass, FenceLevel, FoundDatabase, Location, ServerReport, Survey, TemplateMissing
+from tenantdb.backends.base import (
+    ConnectFailed,
+    FailureClass,
+    FenceLevel,
+    FoundDatabase,
+    Location,
+    SchemaLine,
+    ServerReport,
+    Survey,
+    TemplateMissing,
+)
 from tenantdb.errors import AdoptRefused, ConfigError, RegistryNotInitialized, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Template, Tenant
 from tenantdb.settings import SQLITE, ConnectionURL, Settings
@@ -117,10 +127,23 @@ class SQLite:
 
         return SQLiteCarrier(location)
 
+    def keep_copy(self, location: Location) -> None:
+        path = database_path(location.server, location.tenant)
+        _kept_copy(path).unlink(missing_ok=True)
+        _copy(path, _kept_copy(path))
+
+    async def send_script(self, location: Location, settings: Settings, script: str) -> list[tuple[Any, ...]]:
+        raise NotImplementedError("SQLite's migrations are never sent as a script")
+
     def rows(self, connection: Connection, schemas: Sequence[str]) -> Rows:
         from tenantdb.backends.sqlite_transfer import SQLiteRows
 
         return SQLiteRows(connection)
+
+    def schema_lines(self, connection: Connection, tenant: Tenant | None = None) -> list[SchemaLine]:
+        from tenantdb.backends.sqlite_fingerprint import schema_lines
+
+        return schema_lines(connection)
 
 
 @contextmanager
@@ -348,6 +371,9 @@ class SQLiteWorkshop:
                 if time.time() - left.stat().st_mtime > _LONG_AGO:
                     shutil.rmtree(left, ignore_errors=True)
 
+    def sizes(self) -> dict[str, int]:
+        return {path.stem: path.stat().st_size for path in self._folder.glob("t_*.sqlite3")}
+
     def create_roles(self, tenant: Tenant, owner_password: SecretStr, runtime_password: SecretStr) -> None:
         raise ConfigError("SQLite has no roles")
 
@@ -460,8 +486,13 @@ class SQLiteWorkshop:
     def _remove(self, name: str | None) -> None:
         """The file last: a write-ahead log without it is read by nobody, and the file without its log would look whole."""
         path = self._path(name)
-        for each in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm"), path):
+        for each in (_kept_copy(path), path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm"), path):
             each.unlink(missing_ok=True)
+
+
+def _kept_copy(path: Path) -> Path:
+    """What a tenant's file was before its last migration."""
+    return path.with_name(f"{path.name}.bak")
 
 
 def _read_only(path: Path) -> sqlite3.Connection:

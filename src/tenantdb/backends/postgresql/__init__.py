@@ -18,7 +18,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from tenantdb.backends.base import ConnectFailed, Location, ServerReport
+from tenantdb.backends.base import ConnectFailed, Location, SchemaLine, ServerReport
 from tenantdb.backends.hangup import await_hangup, is_readable, wait_for_hangup
 from tenantdb.backends.postgresql import wire
 from tenantdb.backends.postgresql.connect import (
@@ -154,10 +154,23 @@ class PostgreSQL:
 
         return PostgreSQLCarrier(location, settings)
 
+    def keep_copy(self, location: Location) -> None:
+        """Nothing to do: a server has backups of its own."""
+
+    async def send_script(self, location: Location, settings: Settings, script: str) -> list[tuple[Any, ...]]:
+        from tenantdb.backends.postgresql.script import send_script
+
+        return await send_script(location, settings, script)
+
     def rows(self, connection: Connection, schemas: Sequence[str]) -> Rows:
         from tenantdb.backends.postgresql.rows import PostgreSQLRows
 
         return PostgreSQLRows(connection, schemas)
+
+    def schema_lines(self, connection: Connection, tenant: Tenant | None = None) -> list[SchemaLine]:
+        from tenantdb.backends.postgresql.fingerprint import schema_lines
+
+        return schema_lines(connection, tenant)
 
 
 _GOODBYE = 0.5  # seconds to wait for a server to let go of a connection that failed its check

@@ -14,6 +14,10 @@ What the module keeps true:
 
 Not undone, because it is worth more than it costs: the statements that psycopg has prepared. They go where they could be wrong: after an
 error, with temporary tables, and with a PREPARE of the application's own.
+
+A migration that changes what a prepared statement returns makes the server refuse it ("cached plan must not change result type"), until
+this process has heard of the migration. So what selects a star, which any new column changes, is not prepared; and what is refused at the
+beginning of a transaction, where nothing can be lost, is sent again.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import select
 import time
 from collections.abc import Callable
@@ -52,6 +57,8 @@ _GOOD = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 _OPEN = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
 
+_OUTDATED = "RevalidateCachedQuery"  # the server's function that says "cached plan must not change result type", in whatever language
+_STAR = re.compile(rb"(?<![(\s])\s*\*\s*(?:[,;)]|$|(?i:from|into)\b)")  # neither count(*) nor a product
 _SILENCE = "timeout: the server did not answer a question about the session"
 
 Rows = list[tuple[str | None, ...]]
@@ -82,16 +89,39 @@ def reset_message(*, rollback: bool, temporary: bool, prepared: bool) -> bytes:
     return "; ".join(filter(None, statements)).encode()
 
 
+@functools.lru_cache(1024)
+def _has_star(query: bytes) -> bool:
+    """Whether a new column of a table is one of the result's too, as far as a glance can tell."""
+    return _STAR.search(query) is not None
+
+
 class _Statement(_Mixin):
     """What every cursor of the application does differently. Server-side cursors of psycopg use the extended protocol by themselves."""
 
     __slots__ = ()
+
+    def _reset(self, reset_query: bool = True) -> None:
+        super()._reset(reset_query)
+        self._conn._has_begun = False
+
+    def _get_prepared(self, pgq: Any, prepare: bool | None = None) -> Any:
+        return super()._get_prepared(pgq, False if _has_star(pgq.query) else prepare)
+
+    def _maybe_prepare_gen(self, pgq: Any, *, prepare: bool | None = None, binary: bool | None = None) -> PQGen[None]:
+        try:
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+        except psycopg.errors.FeatureNotSupported as error:
+            if error.diag.source_function != _OUTDATED or not self._conn._is_untouched:
+                raise
+            yield from self._conn._begin_anew()
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
 
     def _execute_send(self, query: Any, *, force_extended: bool = False, binary: bool | None = None) -> None:
         super()._execute_send(query, force_extended=True, binary=binary)
 
     def _set_results(self, results: list[Any]) -> None:
         super()._set_results(results)
+        self._conn._has_begun = False
         if results and results[0].command_status == b"PREPARE":
             self._conn._has_prepared = True
 
@@ -112,6 +142,7 @@ class _Wire(psycopg.BaseConnection[Any]):
     _pending = False  # something of ours was sent and its answer not read to the end
     _failed = False  # a part of the answer was an error, which is the end
     _has_prepared = False  # the application has used PREPARE
+    _has_begun = False  # a transaction, for the very statement that is under way
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -166,6 +197,25 @@ class _Wire(psycopg.BaseConnection[Any]):
     @property
     def _is_entangled(self) -> bool:
         return bool(self._pipeline or self._tpc or self._num_transactions)
+
+    def _get_tx_start_command(self) -> bytes:
+        self._has_begun = True
+        return super()._get_tx_start_command()
+
+    @property
+    def _is_untouched(self) -> bool:
+        """After an error of the server: nothing came before it that would be lost if the transaction began anew."""
+        status = self.pgconn.transaction_status
+        first = status == TransactionStatus.IDLE or (status == TransactionStatus.INERROR and self._has_begun)
+        return first and not self._has_prepared and not self._is_entangled
+
+    def _begin_anew(self) -> PQGen[None]:
+        """Without the statements that psycopg has prepared: one that a migration has outdated is seldom alone."""
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            yield from self._exec_command(b"ROLLBACK")
+        self._prepared.clear()
+        yield from self._prepared.maintain_gen(self)
+        yield from self._start_query()
 
     def _gather(self, results: list[Any]) -> bool:
         """Read what has arrived of an answer. True when it is complete."""

@@ -110,6 +110,11 @@ class PostgreSQLWorkshop:
         roles = self._connection.execute("SELECT rolname FROM pg_roles WHERE rolname ~ %s", [pattern]).fetchall()
         return {name for (name,) in databases}, {name for (name,) in roles}
 
+    def sizes(self) -> dict[str, int]:
+        self._outside()
+        query = "SELECT datname, pg_database_size(oid) FROM pg_database WHERE pg_has_role(datdba, 'USAGE') AND datallowconn"
+        return {str(name): int(size) for name, size in self._connection.execute(query)}
+
     def verify(self, tenant: Tenant, *, cloned: bool = False) -> list[str]:
         look = clone_findings if cloned else database_findings
         return look(self._in(tenant.database), tenant, self._server, self._settings)
