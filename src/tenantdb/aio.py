@@ -83,6 +83,11 @@ class AsyncTenantDB:
         """See `TenantDB.spares`; its methods are awaited."""
         return _Awaited(self.sync_db.spares, self._work.run)
 
+    @functools.cached_property
+    def migrations(self) -> Any:
+        """See `TenantDB.migrations`; its methods are awaited. Alembic's ``env.py`` uses `sync_db`."""
+        return _Awaited(self.sync_db.migrations, self._work.run)
+
     def __repr__(self) -> str:
         return f"Async{self.sync_db!r}"
 

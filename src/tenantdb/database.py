@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from tenantdb.backends import backend
 from tenantdb.connections.each import ForEachReport, for_each
 from tenantdb.connections.engines import Engines
-from tenantdb.connections.locate import Locator, ensure_servable
+from tenantdb.connections.locate import Locator
 from tenantdb.connections.lookup import Lookups
 from tenantdb.connections.records import AuditTrail
 from tenantdb.connections.session import Pin, check_session_options, pinned
@@ -30,7 +30,7 @@ from tenantdb.settings import Settings
 
 if TYPE_CHECKING:
     from tenantdb.events import Event
-    from tenantdb.migrations.tenants import TenantMigrations
+    from tenantdb.fleet.migrations import FleetMigrations
     from tenantdb.provisioning.adoption import Adoption
     from tenantdb.provisioning.archive import Export
     from tenantdb.provisioning.check import Finding
@@ -95,7 +95,7 @@ class TenantDB:
         own = self.settings.registry_admin
         self._registry = Registry(engine, engine if own is None else product.registry_engine(own, self.settings), self.settings, keyring)
         self._locator = Locator(self._registry, self.settings)
-        self._lookups = Lookups(self._registry)
+        self._lookups = Lookups(self._registry, self._locator)
         self._engines = Engines(self._locator, self.settings, self._registry.quarantine)
         self._hooks = Hooks()
         self._pinned: Any = pinned(cast("Any", session_class))
@@ -190,7 +190,7 @@ class TenantDB:
             return pinned_key(None)  # checked when it was bound, and again when SQL is sent
         key = pinned_key(tenant_key(tenant))
         record = self._registry.peek(key)
-        return key if record is None else ensure_servable(record.tenant, key).id
+        return key if record is None else self._locator.ensure_servable(record.tenant, key).id
 
     def _lookup_engine(self, key: str | UUID) -> tuple[UUID, Engine]:
         record = self._lookups.record(key)
@@ -573,11 +573,21 @@ class TenantDB:
         return doctor(self._registry, self._engines, self.settings, repair=repair, server=server, tenant=chosen)
 
     @functools.cached_property
-    def migrations(self) -> TenantMigrations:
-        """The tenants' schema: head, what is pending, upgrading one tenant."""
-        from tenantdb.migrations.tenants import TenantMigrations
+    def migrations(self) -> FleetMigrations:
+        """The tenants' schema: rollouts over all of them, where everyone is, and upgrading one tenant."""
+        from tenantdb.fleet.migrations import FleetMigrations
 
-        return TenantMigrations(self._registry, self._engines, self.settings)
+        return FleetMigrations(
+            self._registry,
+            self._engines,
+            self.settings,
+            hooks=self._hooks,
+            spares=lambda: self.spares,
+            prepare=self._prepare_templates,
+        )
+
+    def _prepare_templates(self) -> None:
+        self._runner.prepare_templates()
 
     @functools.cached_property
     def spares(self) -> Spares:

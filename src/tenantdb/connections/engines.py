@@ -24,8 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tenantdb.backends import Location, backend
 from tenantdb.connections.budget import ServerBudget
 from tenantdb.connections.ledger import Work
-from tenantdb.connections.locate import Locator, ensure_servable
-from tenantdb.connections.places import hold_place
+from tenantdb.connections.locate import Locator
+from tenantdb.connections.places import hold_place, take_place
 from tenantdb.connections.pools import WORK, Source, TenantPool
 from tenantdb.connections.reaper import Reaper
 from tenantdb.connections.share import limits_of
@@ -78,8 +78,8 @@ class Engines:
     # -- engines -----------------------------------------------------------------------------------------------------------------------
 
     def engine_of(self, record: TenantRecord, key: Hashable) -> TenantEngine:
-        """The threads' engine of a tenant; ``key`` is how the caller named it. Raises: what `ensure_servable` raises."""
-        tenant = ensure_servable(record.tenant, key)
+        """The threads' engine of a tenant; ``key`` is how the caller named it. Raises: what `Locator.ensure_servable` raises."""
+        tenant = self._locator.ensure_servable(record.tenant, key)
         return _current(self._lanes[None], tenant) or self._make(record, None)
 
     def async_engine_of(self, record: TenantRecord, key: Hashable) -> AsyncEngine:
@@ -88,20 +88,20 @@ class Engines:
 
     def loop_engine_of(self, record: TenantRecord, key: Hashable) -> TenantEngine:
         """What the running event loop's `AsyncEngine` stands on."""
-        tenant = ensure_servable(record.tenant, key)
+        tenant = self._locator.ensure_servable(record.tenant, key)
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(loop)
         return (None if lane is None else _current(lane, tenant)) or self._make(record, loop)
 
     @contextlib.contextmanager
-    def passing(self, record: TenantRecord, role: DatabaseRole) -> Iterator[Engine]:
+    def passing(self, record: TenantRecord, role: DatabaseRole, work: Work = Work.ADMINISTRATION) -> Iterator[Engine]:
         """An engine whose connections are closed when they come back, whatever the tenant's state: for steps of provisioning and for
         migrations. It draws on the budget as everything does."""
         location = self._locator.locate(record, role)
         pool = TenantPool(self._source(location, is_async=False, parks=False))
         engine = TenantEngine(pool, backend(location.server.backend).url(location), pool.source.template)
         try:
-            with working(Work.ADMINISTRATION):
+            with working(work):
                 yield engine
         finally:
             pool.retire()
@@ -174,6 +174,10 @@ class Engines:
         """A place in a server's budget for a connection that is no tenant's, such as the provisioner's, while the block lasts."""
         with hold_place(self.budget_of(server), label, self._settings.budget.acquire_timeout):
             yield
+
+    def take_place(self, server: Server, label: str, work: Work) -> Callable[[], None]:
+        """The same without a block: what is returned frees it. Raises: `BudgetExhausted`."""
+        return take_place(self.budget_of(server), label, work, self._settings.budget.acquire_timeout)
 
     # -- letting go --------------------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tenantdb.backends import Location
 from tenantdb.errors import TenantNotFound, TenantNotReady, TenantSuspended
@@ -13,11 +13,15 @@ from tenantdb.settings import ConnectionURL, Settings, check_host
 
 
 class Locator:
-    """Answers from a record, without I/O, so that an event loop may ask too."""
+    """Answers from a record, without I/O, so that an event loop may ask too.
+
+    ``ensure_servable`` stands before the data path only: what administers a tenant locates it whatever its state and revision are.
+    """
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
         self._registry = registry
         self._settings = settings
+        self._compatible = frozenset(settings.compatible_revisions)
 
     def locate(self, record: TenantRecord, role: DatabaseRole) -> Location:
         """The location for one role. Raises: `TenantNotReady` where no names are reserved yet; `ConfigError` for a host that is refused."""
@@ -28,7 +32,7 @@ class Locator:
 
         def password() -> str:
             # An engine lives longer than the record it was made from: a secret that was mended meanwhile is taken from the newer one.
-            newer = registry.peek(tenant.id)
+            newer = None if record.owner_secret else registry.peek(tenant.id)
             current = newer if newer is not None and newer.tenant.generation == tenant.generation else record
             return registry.passwords(current, role)[0]
 
@@ -40,19 +44,26 @@ class Locator:
 
         def recheck() -> None:
             registry.forget(tenant.id, tenant.slug)
-            ensure_servable(registry.tenants.record(tenant.id).tenant, tenant.slug)
+            self.ensure_servable(registry.tenants.record(tenant.id).tenant, tenant.slug)
 
         location = Location(tenant, server, role, password, other_password, recheck)
         check_host(ConnectionURL(server.backend, location.host), self._settings, f"server {server.name!r}")
         return location
 
+    def ensure_servable(self, tenant: Tenant, key: object) -> Tenant:
+        """Refuse a tenant that may not be served. Raises: `TenantSuspended`, `TenantNotReady`, `TenantNotFound` for deleted and purged
+        ones."""
+        if tenant.servable:
+            if not self._compatible or tenant.revision in self._compatible:
+                return tenant
+            raise TenantNotReady(tenant.slug, str(tenant.state), _incompatible(tenant, self._settings.compatible_revisions))
+        if tenant.state is TenantState.SUSPENDED:
+            raise TenantSuspended(tenant.slug)
+        if tenant.state in {TenantState.PROVISIONING, TenantState.FAILED, TenantState.MAINTENANCE}:
+            raise TenantNotReady(tenant.slug, str(tenant.state))
+        raise TenantNotFound(str(key))
 
-def ensure_servable(tenant: Tenant, key: object) -> Tenant:
-    """Refuse a tenant that may not be served. Raises: `TenantSuspended`, `TenantNotReady`, `TenantNotFound` for deleted and purged ones."""
-    if tenant.servable:
-        return tenant
-    if tenant.state is TenantState.SUSPENDED:
-        raise TenantSuspended(tenant.slug)
-    if tenant.state in {TenantState.PROVISIONING, TenantState.FAILED, TenantState.MAINTENANCE}:
-        raise TenantNotReady(tenant.slug, str(tenant.state))
-    raise TenantNotFound(str(key))
+
+def _incompatible(tenant: Tenant, compatible: Sequence[str]) -> str:
+    at = "has no revision" if tenant.revision is None else f"is at revision {tenant.revision!r}"
+    return f"its schema {at}, and compatible_revisions of this process are {', '.join(map(repr, compatible))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from tenantdb.connections.locate import ensure_servable
+from tenantdb.connections.locate import Locator
 from tenantdb.connections.threads import Threads
 from tenantdb.model import Tenant
 from tenantdb.registry import Registry
@@ -16,8 +16,9 @@ _THREADS = 4  # apart from those for management, so that a request never waits b
 class Lookups:
     """Tenant records by key, and the tenants that may be served."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, locator: Locator) -> None:
         self._registry = registry
+        self._locator = locator
         self._threads = Threads(_THREADS, "tenantdb-lookup")
         self.run = self._threads.run  # for other short questions to the registry, from the event loop
 
@@ -31,11 +32,11 @@ class Lookups:
         return await self.run(self._registry.lookup, key) if found is None else found
 
     def servable(self, key: str | UUID) -> Tenant:
-        """Raises: also what `ensure_servable` raises."""
-        return ensure_servable(self.record(key).tenant, key)
+        """Raises: also what `Locator.ensure_servable` raises."""
+        return self._locator.ensure_servable(self.record(key).tenant, key)
 
     async def aservable(self, key: str | UUID) -> Tenant:
-        return ensure_servable((await self.arecord(key)).tenant, key)
+        return self._locator.ensure_servable((await self.arecord(key)).tenant, key)
 
     def close(self) -> None:
         self._threads.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tenantdb.connections.budget import ServerBudget
@@ -11,18 +12,24 @@ from tenantdb.connections.waiting import ThreadWaiter
 from tenantdb.errors import BudgetExhausted
 
 
-@contextmanager
-def hold_place(budget: ServerBudget, label: str, timeout: float) -> Iterator[None]:
-    """Wait for a place, and free it at the end. Raises: `BudgetExhausted`."""
+def take_place(budget: ServerBudget, label: str, work: Work, timeout: float) -> Callable[[], None]:
+    """Wait for a place; what is returned frees it, from any thread. Raises: `BudgetExhausted`."""
     began = budget.clock()
     shelf = budget.shelf(-1, label)  # no tenant has this number
-    claim = budget.claim(shelf, Work.ADMINISTRATION, began + timeout, ThreadWaiter)
+    claim = budget.claim(shelf, work, began + timeout, ThreadWaiter)
     if claim.unit is None:
         raise BudgetExhausted(label, budget.clock() - began, budget.stats(), [])
     if claim.victim is not None:
         budget.take_over(claim.unit, claim.victim)
     budget.opened(claim.unit, float("inf"))
+    return functools.partial(budget.drop, claim.unit, "owner")
+
+
+@contextmanager
+def hold_place(budget: ServerBudget, label: str, timeout: float) -> Iterator[None]:
+    """Wait for a place, and free it at the end. Raises: `BudgetExhausted`."""
+    free = take_place(budget, label, Work.ADMINISTRATION, timeout)
     try:
         yield
     finally:
-        budget.drop(claim.unit, "owner")
+        free()

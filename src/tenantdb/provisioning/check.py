@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tenantdb.backends import backend
 from tenantdb.backends.weakness import Severity
 from tenantdb.connections.share import limits_of, registry_is_on
-from tenantdb.errors import ConfigError, TenantDBError
+from tenantdb.errors import ConfigError, MigrationError, TenantDBError
 from tenantdb.model import Server
 from tenantdb.registry import Keyring, Registry
 from tenantdb.settings import KMS, SQLITE, ConnectionURL, Settings
@@ -28,7 +28,7 @@ class Finding:
 
 def check(registry: Registry, settings: Settings) -> list[Finding]:
     """Problems first, then warnings."""
-    findings = _settings(settings)
+    findings = [*_settings(settings), *_compatible(settings)]
     try:
         registry.ping()
         servers = {server.name: server for server in registry.servers.list()}
@@ -160,4 +160,27 @@ def _settings(settings: Settings) -> list[Finding]:
         findings.append(warn("insecure_transport=True: connections off this machine may be read and redirected"))
     if settings.migrations is None:
         findings.append(warn("no migrations are configured: new tenants start with an empty schema"))
+    return findings
+
+
+def _compatible(settings: Settings) -> list[Finding]:
+    """Whether the revisions that this code can serve are those of its own migrations."""
+    window = settings.compatible_revisions
+    if not window or settings.migrations is None:
+        return []
+    from tenantdb.migrations.scripts import Scripts  # alembic, which a process that only serves does not load
+
+    scripts = Scripts(settings.migrations)
+    try:
+        head, unknown = scripts.head, [revision for revision in window if not scripts.knows(revision)]
+    except MigrationError as error:
+        return [Finding(Severity.PROBLEM, "migrations", error.explain())]
+    findings = []
+    if head not in window:
+        text = f"the head of the migrations is {head!r} and not among compatible_revisions, so tenants that are migrated are refused"
+        findings.append(Finding(Severity.PROBLEM, "migrations", text))
+    findings += [
+        Finding(Severity.WARNING, "migrations", f"compatible_revisions names {revision!r}, which the migrations do not know")
+        for revision in unknown
+    ]
     return findings

@@ -2,7 +2,8 @@
 
 A ``before_`` hook that raises stops the operation with nothing done; ``before_provision`` comes when the sign-up is written down and
 before anything is made on a server, so the tenant is failed then, with the reason. An ``after_`` hook comes when the change is
-committed, so one that raises is logged and undoes nothing. None receives a secret.
+committed, so one that raises is logged and undoes nothing. None receives a secret. Around a migration there are ``before_migrate`` and
+``after_migrate`` with the tenant, ``before_rollout`` with the `Rollout` and ``after_rollout`` with its `Report`; those never stop it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ VERBS = (
     "rotate_credentials",
     "adopt",
     "give_back",
+    "migrate",
+    "rollout",
 )
 EVENTS = tuple(f"{when}_{verb}" for verb in VERBS for when in ("before", "after"))
 
@@ -90,6 +93,18 @@ class Hooks:
             except Exception as error:
                 told = describe_with_frames(error)
                 logger.error("the after_%s hook %r failed for tenant %s; the change stands. %s", verb, _name_of(hook), tenant.id, told)
+
+    def wants(self, *events: str) -> bool:
+        """Whether anybody listens to one of these."""
+        return any(self._hooks[event] for event in events)
+
+    def tell(self, event: str, subject: Any) -> None:
+        """Call everybody who listens; whoever raises is logged, and nothing comes of it."""
+        for hook in self._hooks[event]:
+            try:
+                hook(subject)
+            except Exception as error:
+                logger.error("the %s hook %r failed; what it was told of goes on. %s", event, _name_of(hook), describe_with_frames(error))
 
 
 def _name_of(hook: Hook) -> str:

@@ -116,6 +116,11 @@ class Runner:
                 logger.error("nothing is done on server %s: %s", name, error.explain())
         return found
 
+    def prepare_templates(self) -> None:
+        """Golden databases at the head revision on every server of this process. Raises: as `Golden.template`."""
+        for server in self.known_servers():
+            self.shop.golden.prepare(server, self.shop.workshop)
+
     def suits(self, operation: Operation, tenant: Tenant, servers: Collection[Server]) -> bool:
         """Whether this process can carry an operation out: it has a provisioner for the tenant's server, or for one where it may get a
         place."""
