@@ -50,7 +50,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         users.users,
         users.memberships,
     ),
-    "fleet": (fleet.migrate, journal.spares),
+    "fleet": (fleet.status, fleet.migrate, fleet.rollouts, journal.spares),
     "security": (doctor.doctor, security.generate_key, security.rotate_keys, journal.rotate_credentials, audit.audit),
     "operate": (
         operate.check,
