@@ -21,7 +21,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tenantdb import TenantDB, errors
+from tenantdb import TenantDB
 from tenantdb.registry import SignUp
 from tenantdb.registry.secrets import Keyring, generate_key
 from tenantdb.testing import EmbeddedServer
@@ -326,10 +326,15 @@ def test_runtime_keys_alone_serve_and_cannot_migrate(world: PostgreSQLWorld, tmp
     exports["TENANTDB_SECRET_KEYS"] = shell.tenantdb("generate-key", "--derive", "runtime").stdout
 
     assert shell.tenantdb("shell", "acme", stdin="print(session.connection() is not None)").stdout == "True\n"
-    (tmp_path / "scripts" / "versions").mkdir(parents=True)
-    (tmp_path / "scripts" / "env.py").touch()
+    versions = tmp_path / "scripts" / "versions"
+    versions.mkdir(parents=True)
+    (versions.parent / "env.py").write_text(
+        "from clinic import db\nfrom tenantdb.migrations import run_env\nrun_env(db, target_metadata=None)\n"
+    )
+    (tmp_path / "clinic.py").write_text("from tenantdb import TenantDB\ndb = TenantDB()\n")
+    (versions / "1.py").write_text("revision, down_revision = '1', None\ndef upgrade(): ...\n")
     told = shell.tenantdb("--json", "migrate", "--tenant", "acme", exit_code=3, TENANTDB_MIGRATIONS="scripts")
-    assert json.loads(told.stdout)["failed"][0]["error"]["code"] == errors.SecretKeyError.code
+    assert "secret" in json.loads(told.stdout)["failed"]["acme"]
 
 
 def exports_of(world: PostgreSQLWorld) -> dict[str, str]:

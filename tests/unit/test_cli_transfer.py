@@ -70,12 +70,12 @@ def test_what_is_there_is_replaced_only_after_a_yes(db: TenantDB) -> None:
 
 
 def test_a_clone_is_neutralised_or_made_after_a_yes(db: TenantDB, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "clinic_app.py").write_text(APP)
+    (tmp_path / "transfer_app.py").write_text(APP)
     assert "neutralise" in run("clone", "acme", "gamma", exit_code=1).stderr
     assert "--yes" in run("clone", "acme", "gamma", "--not-neutralised", exit_code=2).stderr
 
     assert document("clone", "acme", "gamma", "--not-neutralised", "--yes")["state"] == "active"
-    assert run("--app", "clinic_app:db", "clone", "acme", "delta").stdout == "delta is active\n"
+    assert run("--app", "transfer_app:db", "clone", "acme", "delta").stdout == "delta is active\n"
 
     found = {}
     for slug in ("gamma", "delta"):

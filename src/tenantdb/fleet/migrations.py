@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -91,7 +91,9 @@ class FleetMigrations(TenantMigrations):
         Who is where is read from the registry; ``verify`` asks every tenant's database, with one cheap read each. Raises: `MigrationError`
         for a target that is none, branches or several heads; `ConfigError` for options that cannot be; `TenantNotFound`.
         """
-        return self._plan(tenants, target, verify, Options(**options))[0]
+        plan, _ = self._plan(tenants, target, verify, Options(**options))
+        there = [count for _, state, revision, count in self._registry.rollouts.fleet() if revision == plan.target and state in _COUNTED]
+        return replace(plan, at_target=sum(there))
 
     def sql(self, *, tenants: Sequence[str] | None = None, target: str = "head", **options: Any) -> dict[str | None, str]:
         """The SQL that would be sent, by the revision that it starts from. Raises: as `plan`; `MigrationError` where
@@ -125,9 +127,6 @@ class FleetMigrations(TenantMigrations):
             ways=ways,
             tenants=arranged,
             refused=refused,
-            at_target=sum(
-                count for (_, state, revision, count) in self._registry.rollouts.fleet() if revision == wanted and state in _COUNTED
-            ),
             mistaken=mistaken,
             unreachable=unreachable,
             spares=len(spares) if options.spares else 0,
@@ -300,8 +299,9 @@ class FleetMigrations(TenantMigrations):
             for position, each in enumerate(plan.tenants)
         ]
         told = {**chosen.as_json(), "whole": whole, "canaries": chosen.canary if isinstance(chosen.canary, int) else len(chosen.canary)}
-        rollout = self._registry.rollouts.create(target=plan.target, options=told, entries=entries)
-        return self._carry_out(rollout, stop, progress, (plan.ways, plans), {**plan.refused, **plan.unreachable})
+        rollout = self._registry.rollouts.create(target=plan.target, options=told, entries=entries, worker=worker(), lease=LEASE)
+        waves = {wave: {AttemptState.WAITING: size} for wave, size in Counter(each.wave for each in plan.tenants).items()}
+        return self._carry_out(rollout, stop, progress, (plan.ways, plans), waves, {**plan.refused, **plan.unreachable})
 
     def resume(
         self,
@@ -314,7 +314,7 @@ class FleetMigrations(TenantMigrations):
 
         Raises: `RolloutNotFound`; `RolloutConflict` where another process is at it; what `run` raises.
         """
-        return self._carry_out(self._registry.rollouts.get(rollout), stop, progress)
+        return self._go_on(self._registry.rollouts.get(rollout), stop, progress)
 
     def retry(
         self,
@@ -326,7 +326,7 @@ class FleetMigrations(TenantMigrations):
         """Try the failed tenants of a rollout again, and those that it has not come to; nobody else is touched. Raises: as `resume`."""
         found = self._registry.rollouts.get(rollout)
         self._registry.rollouts.retry_failed(found, _dead(found))
-        return self._carry_out(self._registry.rollouts.get(found.id), stop, progress)
+        return self._go_on(self._registry.rollouts.get(found.id), stop, progress)
 
     def pause(self, rollout: UUID | None = None) -> Rollout:
         """Ask whoever runs it to stop after what is under way. `resume` goes on. Raises: `RolloutNotFound`."""
@@ -340,34 +340,40 @@ class FleetMigrations(TenantMigrations):
         found = self._registry.rollouts.get(rollout)
         return self._registry.rollouts.ask(found, state, _dead(found))
 
+    def _go_on(self, rollout: Rollout, stop: threading.Event | None, progress: Callable[[Progress], object] | None) -> Report:
+        store = self._registry.rollouts
+        claimed = store.claim(rollout, worker(), LEASE, _dead(rollout))
+        if claimed is not None:
+            return self._carry_out(claimed, stop, progress)
+        if rollout.state in (RolloutState.DONE, RolloutState.CANCELLED):
+            return self._report(store.get(rollout.id), {}, 0)
+        raise RolloutConflict(str(rollout.id), ())
+
     def _carry_out(
         self,
-        rollout: Rollout,
+        claimed: Rollout,
         stop: threading.Event | None,
         progress: Callable[[Progress], object] | None,
         known: tuple[Mapping[str | None, Way], Mapping[str | None, SQLPlan]] | None = None,
+        waves: Mapping[int, Mapping[AttemptState, int]] | None = None,
         refused: Mapping[str, str] | None = None,
     ) -> Report:
-        store, me = self._registry.rollouts, worker()
-        told = dict(rollout.options)
+        """``known`` and ``waves``: of a rollout that was planned a moment ago."""
+        store, me = self._registry.rollouts, claimed.worker or ""
+        told = dict(claimed.options)
         whole, canaries = told.pop("whole"), told.pop("canaries")
         options = Options.from_json(told)
-        claimed = store.claim(rollout, me, LEASE, _dead(rollout))
-        if claimed is None:
-            if rollout.state in (RolloutState.DONE, RolloutState.CANCELLED):
-                return self._report(store.get(rollout.id), refused or {}, 0)
-            raise RolloutConflict(str(rollout.id), ())
         try:
             local = self._local()
             ways, plans = known if known is not None else self._ways_of(local, claimed, options)
             self._hooks.tell("before_rollout", claimed)
-            with ThreadPoolExecutor(1, thread_name_prefix="tenantdb-rollout") as aside:
-                preparing = aside.submit(self._prepared) if whole else None
-                state, why = self._execute(claimed, options, canaries, local, ways, plans, me, stop, progress)
+            state: RolloutState | None = RolloutState.HALTED
+            why = self._unprepared() if whole else None
+            if why is None:
+                counts = store.wave_counts(claimed) if waves is None else waves
+                state, why = self._execute(claimed, options, counts, canaries, local, ways, plans, me, stop, progress)
             if state is RolloutState.DONE and whole:
                 state, why = self._latecomers(claimed, options, local, me, stop, progress)
-            if why is None and preparing is not None:
-                why = preparing.result()
         except BaseException as error:
             try:
                 store.finish(claimed, me, RolloutState.PAUSED, f"interrupted: {describe(error)}")
@@ -380,20 +386,22 @@ class FleetMigrations(TenantMigrations):
         self._hooks.tell("after_rollout", report)
         return report
 
-    def _prepared(self) -> str | None:
-        """Golden databases meanwhile, so that whoever signs up begins at the head soon. Returns why there are none."""
+    def _unprepared(self) -> str | None:
+        """Golden databases first: whoever signs up from now on begins at the head, and what fails there fails before a tenant's database
+        was touched. Returns why there are none."""
         try:
             self._prepare()
         except RegistryError:
             raise
         except Exception as error:  # whatever a migration raises on an empty database
-            return f"no golden database could be made at the head, so nobody can sign up: {describe(error)}"
+            return f"the migrations fail on an empty database: {describe(error)}"
         return None
 
     def _execute(
         self,
         rollout: Rollout,
         options: Options,
+        waves: Mapping[int, Mapping[AttemptState, int]],
         canaries: int,
         local: LocalScripts,
         ways: Mapping[str | None, Way],
@@ -416,7 +424,7 @@ class FleetMigrations(TenantMigrations):
             after=self._after_tenant if hooked else None,
             forget=self._engines.forget,  # what is open has prepared statements for the tables as they were
         )
-        return execution.run(canaries)
+        return execution.run(waves, canaries)
 
     def _before_tenant(self, record: TenantRecord) -> None:
         self._hooks.tell("before_migrate", record.tenant)
@@ -439,13 +447,15 @@ class FleetMigrations(TenantMigrations):
         progress: Callable[[Progress], object] | None,
     ) -> tuple[RolloutState | None, str | None]:
         """Tenants that were made, restored or finished from an older template while the rollout ran."""
+        store = self._registry.rollouts
         for _ in range(_LATECOMERS):
             candidates = [each for each in self._candidates(None, rollout.target, everybody=False) if each.state is not TenantState.SPARE]
             ways, plans, _ = self._ways(local, rollout.target, candidates, options)
-            entries = self._registry.rollouts.add(rollout, [(each.id, each.revision) for each in candidates if each.revision in ways])
-            if not entries:
+            late = [(each.id, each.revision) for each in candidates if each.revision in ways]
+            if not late or not store.add(rollout, late):
                 break
-            state, why = self._execute(self._registry.rollouts.get(rollout.id), options, 0, local, ways, plans, me, stop, progress)
+            longer, waves = store.get(rollout.id), store.wave_counts(rollout)
+            state, why = self._execute(longer, options, waves, 0, local, ways, plans, me, stop, progress)
             if state is not RolloutState.DONE:
                 return state, why
         return RolloutState.DONE, None

@@ -36,6 +36,7 @@ logger = logging.getLogger("tenantdb.fleet")
 R = TypeVar("R")
 
 _PAGE = 500  # attempts in memory
+_FIRST_PAGE = 32  # who is first need not wait until so many have been read
 _BATCH = 100  # results written down at once
 _FLUSH = 0.5  # seconds until they are written down however few they are
 _GLANCE = 0.2  # seconds between looks at whether to stop
@@ -67,6 +68,16 @@ class _Job:
     record: TenantRecord
     server: str
     tries: int = 0
+
+
+@dataclass(slots=True)
+class _Page:
+    """Some of a wave, in order. ``last``: the position of the last; ``more``: there may be others behind it."""
+
+    last: int
+    more: bool
+    jobs: list[_Job] = field(default_factory=list)
+    skipped: list[Result] = field(default_factory=list)
 
 
 def _pause_before(tries: int, ended: Ended) -> float:
@@ -160,9 +171,8 @@ class Execution:
         self._began = time.monotonic()
         self._done = self._failed = self._done_here = 0
 
-    def run(self, canaries: int) -> tuple[RolloutState | None, str | None]:
-        """Returns how it ended, and why it was halted; None where somebody else decides about it now."""
-        waves = self._store.wave_counts(self._rollout)
+    def run(self, waves: Mapping[int, Mapping[AttemptState, int]], canaries: int) -> tuple[RolloutState | None, str | None]:
+        """``waves``: how many of each are where. Returns how it ended, and why it was halted; None where somebody else decides now."""
         self._done = sum(counts.get(AttemptState.DONE, 0) for counts in waves.values())
         self._failed = sum(counts.get(AttemptState.FAILED, 0) for counts in waves.values())
         try:
@@ -210,16 +220,21 @@ class Execution:
         queue = _Queue(self._options)
         running: dict[asyncio.Task[Ended], _Job] = {}
         last, more, why = -1, True, None
+        reading: asyncio.Task[_Page] | None = None
         while True:
-            if more and why is None and not self._stopping and len(queue) < _PAGE // 2:
-                page, last, more = await self._off(self._page, wave, last)
-                for job in page:
-                    queue.add(job)
+            if reading is None and more and why is None and not self._stopping and len(queue) < _PAGE // 2:
+                reading = asyncio.create_task(self._off(self._page, wave, last))
+            if reading is not None and (reading.done() or not queue):
+                page, reading = await reading, None
+                last, more = page.last, page.more
+                self._unwritten.results.extend(page.skipped)
+                for each in page.jobs:
+                    queue.add(each)
             while why is None and not self._stopping and (job := queue.next(time.monotonic())) is not None:
                 if job.tries == 1:
                     self._unwritten.begun[job.attempt.tenant_id] = None
                 running[asyncio.get_running_loop().create_task(self._one(job))] = job
-            if not running and (why is not None or self._stopping or (not queue and not more)):
+            if not running and reading is None and (why is not None or self._stopping or (not queue and not more)):
                 break
             for task, job in await self._ended(queue, running):
                 queue.release(job)
@@ -239,17 +254,18 @@ class Execution:
         self._upgrader.rest()
         return why
 
-    def _page(self, wave: int, last: int) -> tuple[list[_Job], int, bool]:
-        attempts = self._store.waiting(self._rollout, wave=wave, limit=_PAGE, after=last)
+    def _page(self, wave: int, last: int) -> _Page:
+        limit = _FIRST_PAGE if last < 0 else _PAGE
+        attempts = self._store.waiting(self._rollout, wave=wave, limit=limit, after=last)
         records = {record.tenant.id: record for record in self._registry.tenants.owners([each.tenant_id for each in attempts])}
-        jobs = []
+        page = _Page(attempts[-1].position if attempts else last, len(attempts) == limit)
         for attempt in attempts:
             record = records.get(attempt.tenant_id)
             if record is None or record.server is None or record.tenant.state not in MIGRATED:
-                self._unwritten.results.append(_result(attempt, AttemptState.SKIPPED, error="it is served no more"))
+                page.skipped.append(_result(attempt, AttemptState.SKIPPED, error="it is served no more"))
             else:
-                jobs.append(_Job(attempt, record, record.server.name))
-        return jobs, attempts[-1].position if attempts else last, len(attempts) == _PAGE
+                page.jobs.append(_Job(attempt, record, record.server.name))
+        return page
 
     async def _one(self, job: _Job) -> Ended:
         if self._before is not None:

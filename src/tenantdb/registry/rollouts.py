@@ -11,7 +11,7 @@ import builtins
 import functools
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -231,8 +231,16 @@ class RolloutStore:
         with self._transactions.read() as connection:
             return [(server, TenantState(state), revision, count) for server, state, revision, count in connection.execute(query)]
 
-    def create(self, *, target: str | None, options: Mapping[str, Any], entries: Sequence[NewAttempt]) -> Rollout:
-        """Write down a planned rollout with all its attempts, in one transaction.
+    def create(
+        self,
+        *,
+        target: str | None,
+        options: Mapping[str, Any],
+        entries: Sequence[NewAttempt],
+        worker: str | None = None,
+        lease: timedelta = timedelta(),
+    ) -> Rollout:
+        """Write down a rollout with all its attempts, in one transaction: a planned one, or one that ``worker`` has claimed already.
 
         Raises: `RolloutConflict` where one that has not ended has work left on one of the tenants; `IntegrityError` for a tenant that is
         not there; `TypeError` or `ValueError` for options that JSON cannot hold. Nothing was written then.
@@ -241,30 +249,25 @@ class RolloutStore:
         rollout = Rollout(
             id=uuid.uuid4(),
             target=target,
-            state=RolloutState.PLANNED,
+            state=RolloutState.PLANNED if worker is None else RolloutState.RUNNING,
             options=fields.document("options", options),
+            worker=worker,
             total=len(entries),
             created_at=now,
             updated_at=now,
         )
-        written = {
-            "id": rollout.id,
-            "target": target or "",
-            "state": rollout.state.value,
-            "options": rollout.options,
-            "total": rollout.total,
-            "created_at": now,
-            "updated_at": now,
-        }
         with self._transactions.admin_write() as connection:
             _one_at_a_time(connection)
-            connection.execute(insert(_rollouts), written)
+            clock = now_at(connection)
+            if worker is not None:
+                rollout = replace(rollout, lease_until=clock + lease)
+            connection.execute(insert(_rollouts), asdict(rollout) | {"target": target or "", "state": rollout.state.value})
             for start in range(0, len(entries), _PAGE):
                 page = [_entry(entry) for entry in entries[start : start + _PAGE]]
                 connection.execute(_plan(connection.dialect.name), {"rows": page, "rollout": rollout.id})
             if connection.dialect.name == "postgresql":  # or it is taken for an empty table, and read as a whole for each batch of results
                 connection.execute(_ANALYZE)
-            _refuse_conflict(connection, rollout.id)
+            _refuse_conflict(connection, rollout.id, clock)
             audit.record(connection, "rollout.begin", object=rollout.id, details={"target": target, "tenants": rollout.total})
         return rollout
 
@@ -288,7 +291,7 @@ class RolloutStore:
                 connection.execute(_plan(connection.dialect.name), {"rows": rows[start : start + _PAGE], "rollout": rollout.id})
             if rows:
                 connection.execute(update(_rollouts).where(_rollouts.c.id == rollout.id).values(total=_rollouts.c.total + len(rows)))
-                _refuse_conflict(connection, rollout.id)
+                _refuse_conflict(connection, rollout.id, now_at(connection))
         return len(rows)
 
     # -- reading -----------------------------------------------------------------------------------------------------------------------
@@ -429,7 +432,7 @@ class RolloutStore:
             count = connection.execute(update(_attempts).where(failed).values(again)).rowcount
             if count:
                 _put_back(connection, found.id)
-                _refuse_conflict(connection, found.id)
+                _refuse_conflict(connection, found.id, now_at(connection))
                 values = {"state": RolloutState.PLANNED.value, "worker": None, "lease_until": None, "error": None, "finished_at": None}
                 connection.execute(
                     update(_rollouts).where(_rollouts.c.id == found.id).values(**values, updated_at=tables.utcnow()),
@@ -620,10 +623,10 @@ def _one_at_a_time(connection: Connection) -> None:
         connection.execute(_LOCK)
 
 
-def _refuse_conflict(connection: Connection, rollout_id: UUID) -> None:
+def _refuse_conflict(connection: Connection, rollout_id: UUID, now: datetime) -> None:
     """Raises: `RolloutConflict` where another rollout has work left on what this one is about to do."""
     mine, theirs = _attempts.alias("mine"), _attempts.alias("theirs")
-    finishing = (_rollouts.c.state == RolloutState.CANCELLED.value) & (_rollouts.c.lease_until > now_at(connection))
+    finishing = (_rollouts.c.state == RolloutState.CANCELLED.value) & (_rollouts.c.lease_until > now)
     query = (
         select(theirs.c.rollout_id, _tenants.c.slug, _tenants.c.id)
         .join_from(mine, theirs, (theirs.c.tenant_id == mine.c.tenant_id) & (theirs.c.rollout_id != mine.c.rollout_id))
