@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sqlite3
 import threading
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tenantdb import Tenant, TenantDB, errors
+from tenantdb import Budget, Tenant, TenantDB, errors
+from tenantdb.backends.postgresql import PostgreSQL
 from tenantdb.fleet.plan import Runner
 from tenantdb.fleet.rollouts import Progress
 from tenantdb.registry.rollouts import AttemptState, RolloutState
@@ -114,6 +116,35 @@ def test_every_tenants_migration_lands_in_its_own_database(release: TenantDB, es
     assert chosen == {{"sqlite": "python", "postgresql": "sql"}[estate.backend] if engine == "auto" else engine}
     again = release.migrations.run(tenants=[tenant.slug for tenant in meant], engine=engine)
     assert (again.rollout, again.done, again.ok) == (None, 0, True)
+
+
+@pytest.mark.parametrize("concurrency", [4, 12])
+def test_what_a_tenant_may_have_is_no_limit_of_a_rollout_and_what_the_server_has_is(
+    release: TenantDB,
+    process: MakeProcess,
+    estate: Estate,
+    fleet: list[Tenant],
+    newer: str,
+    monkeypatch: pytest.MonkeyPatch,
+    concurrency: int,
+) -> None:
+    """Four at once where a tenant may have one connection; twelve who want eight places wait for each other and not for a timeout."""
+    if estate.backend == "sqlite":
+        pytest.skip("no SQL is sent to a file")
+    tight = process(migrations=newer, budget=Budget(connections=14, processes=1, per_tenant=1, acquire_timeout=300))
+    send, under_way, several = PostgreSQL.send_script, 0, asyncio.Event()
+
+    async def watched(*arguments: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        if under_way >= 4:
+            several.set()
+        await asyncio.wait_for(several.wait(), 60)
+        return await send(*arguments)
+
+    monkeypatch.setattr(PostgreSQL, "send_script", watched)
+    report = tight.migrations.run(engine="sql", concurrency=concurrency, retries=0)
+    assert (report.ok, report.done) == (True, len(fleet))
 
 
 @pytest.fixture

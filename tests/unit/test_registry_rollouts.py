@@ -230,6 +230,17 @@ def test_of_many_who_claim_at_once_one_gets_it(registry: Registry, ids: list[UUI
     assert len([each for each in found if each is not None]) == 1
 
 
+def test_one_that_is_written_down_by_who_runs_it_is_claimed_already(registry: Registry, ids: list[UUID]) -> None:
+    entries = [NewAttempt(tenant_id=ids[0], wave=0, position=0)]
+
+    rollout = registry.rollouts.create(target="2", options={}, entries=entries, worker="w1", lease=MINUTE)
+
+    assert rollout == registry.rollouts.get(rollout.id)
+    assert (rollout.state, rollout.worker) == (RolloutState.RUNNING, "w1")
+    assert registry.rollouts.claim(rollout, "w2", MINUTE) is None
+    assert registry.rollouts.renew(rollout, "w1", MINUTE)
+
+
 def test_whoever_takes_over_finds_what_was_under_way_waiting(registry: Registry, ids: list[UUID]) -> None:
     rollout = planned(registry, ids)
     claimed(registry, rollout)

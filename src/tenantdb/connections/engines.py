@@ -175,9 +175,9 @@ class Engines:
         with hold_place(self.budget_of(server), label, self._settings.budget.acquire_timeout):
             yield
 
-    def take_place(self, server: Server, label: str, work: Work) -> Callable[[], None]:
-        """The same without a block: what is returned frees it. Raises: `BudgetExhausted`."""
-        return take_place(self.budget_of(server), label, work, self._settings.budget.acquire_timeout)
+    def take_place(self, server: Server, label: str, work: Work, number: int) -> Callable[[], None]:
+        """The same without a block: what is returned frees it. ``number``: as there. Raises: `BudgetExhausted`."""
+        return take_place(self.budget_of(server), label, work, self._settings.budget.acquire_timeout, number)
 
     # -- letting go --------------------------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,11 @@ from tenantdb.connections.waiting import ThreadWaiter
 from tenantdb.errors import BudgetExhausted
 
 
-def take_place(budget: ServerBudget, label: str, work: Work, timeout: float) -> Callable[[], None]:
-    """Wait for a place; what is returned frees it, from any thread. Raises: `BudgetExhausted`."""
+def take_place(budget: ServerBudget, label: str, work: Work, timeout: float, number: int = -1) -> Callable[[], None]:
+    """Wait for a place; what is returned frees it, from any thread. ``number``: a negative one, which no tenant has; those of one number
+    share what a tenant may have. Raises: `BudgetExhausted`."""
     began = budget.clock()
-    shelf = budget.shelf(-1, label)  # no tenant has this number
+    shelf = budget.shelf(number, label)
     claim = budget.claim(shelf, work, began + timeout, ThreadWaiter)
     if claim.unit is None:
         raise BudgetExhausted(label, budget.clock() - began, budget.stats(), [])

@@ -68,6 +68,7 @@ class _Job:
     record: TenantRecord
     server: str
     tries: int = 0
+    begun: bool = False
 
 
 @dataclass(slots=True)
@@ -231,7 +232,8 @@ class Execution:
                 for each in page.jobs:
                     queue.add(each)
             while why is None and not self._stopping and (job := queue.next(time.monotonic())) is not None:
-                if job.tries == 1:
+                if not job.begun:
+                    job.begun = True
                     self._unwritten.begun[job.attempt.tenant_id] = None
                 running[asyncio.get_running_loop().create_task(self._one(job))] = job
             if not running and reading is None and (why is not None or self._stopping or (not queue and not more)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
@@ -187,37 +188,52 @@ def _threads(options: Options) -> int:
 
 @dataclass(slots=True)
 class _Place:
+    number: int
     free: Callable[[], None]
     uses: int = 0
 
 
 class _Places:
-    """Places in one server's budget, of its background class. Each serves a few tenants, because waiting for one takes a thread."""
+    """Places in one server's budget, of its background class. Each serves a few tenants, because waiting for one takes a thread; and each
+    has a number of its own there, because what one tenant may have is no limit of a rollout's."""
 
     def __init__(self, engines: Engines, server: Server, in_thread: Callable[..., Any]) -> None:
         self._engines, self._server, self._in_thread = engines, server, in_thread
         self._idle: list[_Place] = []
+        self._numbers: set[int] = set()
+        self._waiting = 0
 
     async def take(self) -> _Place:
         if self._idle:
             return self._idle.pop()
-        taking = asyncio.ensure_future(self._in_thread(self._engines.take_place, self._server, "a rollout", Work.BACKGROUND))
+        number = next(each for each in itertools.count(-2, -1) if each not in self._numbers)
+        self._numbers.add(number)
+        self._waiting += 1
+        taking = asyncio.ensure_future(self._in_thread(self._engines.take_place, self._server, "a rollout", Work.BACKGROUND, number))
         try:
-            return _Place(await asyncio.shield(taking))
-        except asyncio.CancelledError:
-            taking.add_done_callback(_free_unless_failed)
+            return _Place(number, await asyncio.shield(taking))
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                taking.add_done_callback(_free_unless_failed)
+            self._numbers.discard(number)
             raise
+        finally:
+            self._waiting -= 1
 
     def give(self, place: _Place) -> None:
         place.uses += 1
-        if place.uses < _USES:
+        if place.uses < _USES and not self._waiting:
             self._idle.append(place)
         else:
-            place.free()
+            self._let_go(place)
 
     def free(self) -> None:
         while self._idle:
-            self._idle.pop().free()
+            self._let_go(self._idle.pop())
+
+    def _let_go(self, place: _Place) -> None:
+        self._numbers.discard(place.number)
+        place.free()
 
 
 def _free_unless_failed(taking: asyncio.Future[Callable[[], None]]) -> None:

@@ -63,7 +63,7 @@ async def _ask(
         rows = await backend(location.server.backend).send_script(location, settings, query)
         return str(rows[0][0]) if rows else None
 
-    async def work(queue: list[Candidate]) -> None:
+    async def work(queue: list[Candidate], number: int) -> None:
         free = None
         try:
             while queue:
@@ -73,7 +73,7 @@ async def _ask(
                     problems[each.slug] = "it is gone"
                     continue
                 if free is None and record.server.backend == POSTGRESQL:
-                    free = await asyncio.to_thread(engines.take_place, record.server, "revisions", Work.BACKGROUND)
+                    free = await asyncio.to_thread(engines.take_place, record.server, "revisions", Work.BACKGROUND, number)
                 try:
                     found[each.slug] = await one(record)
                 except ConnectFailed as error:
@@ -87,7 +87,7 @@ async def _ask(
             if free is not None:
                 free()
 
-    await asyncio.gather(*(work(queue) for queue in waiting.values() for _ in range(min(concurrency, len(queue)))))
+    await asyncio.gather(*(work(queue, -2 - index) for queue in waiting.values() for index in range(min(concurrency, len(queue)))))
 
 
 def _open_and_look(engines: Engines, record: TenantRecord) -> str | None:
