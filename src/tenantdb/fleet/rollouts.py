@@ -38,7 +38,7 @@ R = TypeVar("R")
 _PAGE = 500  # attempts in memory
 _FIRST_PAGE = 32  # who is first need not wait until so many have been read
 _BATCH = 100  # results written down at once
-_FLUSH = 0.5  # seconds until they are written down however few they are
+_FLUSH = 1.0  # seconds until they are written down however few they are
 _GLANCE = 0.2  # seconds between looks at whether to stop
 _BACKOFF = 0.05  # seconds before a locked tenant is tried again; doubles
 _LONGER_BACKOFF = 0.5  # the same for one whose server does not answer
@@ -142,7 +142,7 @@ class _Ledger:
 
     begun: dict[UUID, None] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
-    since: float = 0.0
+    since: float = field(default_factory=time.monotonic)
 
 
 class Execution:
@@ -311,7 +311,7 @@ class Execution:
             return
         if not everything and len(held.results) < _BATCH and now - held.since < _FLUSH:
             return
-        self._unwritten = _Ledger(since=now)
+        self._unwritten = _Ledger()
         self._writing = asyncio.get_running_loop().create_task(self._off(self._write_down, list(held.begun), held.results))
 
     async def _write_all(self) -> None:

@@ -8,6 +8,7 @@ are shared. What cannot be rebound is looked for beforehand, and a self-test run
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import threading
@@ -27,7 +28,7 @@ from alembic.operations import Operations
 from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext, MigrationStep, RevisionStep
 from alembic.script import Script, ScriptDirectory
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import Table, create_engine, inspect
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
@@ -67,11 +68,12 @@ class LocalScripts:
     def __init__(self, scripts: Scripts, *, options: Mapping[str, Any] | None = None) -> None:
         self._scripts = scripts
         with alembic_lock, as_migration_error():
-            self._directory = ScriptDirectory.from_config(scripts.config())
+            self._config = scripts.config()
+            self._directory = ScriptDirectory.from_config(self._config)
             self._revisions = {script.revision: _Revision.of(script) for script in self._directory.walk_revisions()}
             self._heads = self._directory.get_heads()
         self._given = options
-        self._version_tables: dict[str, VersionTable] = {}
+        self._version_tables: dict[str, tuple[VersionTable, Table]] = {}
 
     @functools.cached_property
     def _env(self) -> tuple[Mapping[str, Any], str | None]:
@@ -193,8 +195,8 @@ class LocalScripts:
 
     def environment(self, dialect: str, *, given: Mapping[str, Any], **target: Any) -> EnvironmentContext:
         """What an ``env.py`` makes, without the process-wide state: ``given`` as to Alembic's commands, ``target`` as to ``configure``."""
-        config = self._scripts.config()
-        config.attributes[CONNECTION] = target.get("connection")
+        config = copy.copy(self._config)  # to parse it anew takes longer than a small migration does
+        setattr(config, "attributes", {CONNECTION: target.get("connection")})  # noqa: B010
         environment = EnvironmentContext(config, self._directory, **given)
         environment.configure(**{**configure_options(self._env[0].get("target_metadata"), self.options, dialect), **target})
         return environment
@@ -203,8 +205,9 @@ class LocalScripts:
         """The same for all databases of one kind."""
         found = self._version_tables.get(context.dialect.name)
         if found is None:
-            found = self._version_tables[context.dialect.name] = VersionTable.of(context)
-        return found
+            found = self._version_tables[context.dialect.name] = VersionTable.of(context), context._version
+        setattr(context, "_version", found[1])  # noqa: B010  # so that the statements of all are compiled once
+        return found[0]
 
     def alembic_step(self, step: Step, around: Callable[[Callable[..., None]], None]) -> RevisionStep:
         """For Alembic's own run of migrations; ``around`` is called with the migration, in its transaction."""

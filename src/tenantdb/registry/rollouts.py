@@ -47,6 +47,7 @@ from tenantdb.registry.transactions import Transactions
 
 _PAGE = 5000  # tenants that one statement writes
 _NAMED = 3  # tenants that a conflict names
+_FEW = 500  # attempts that are read as a whole no slower than one by one
 
 _rollouts, _attempts, _tenants, _servers = tables.rollouts, tables.rollout_attempts, tables.tenants, tables.servers
 
@@ -265,8 +266,8 @@ class RolloutStore:
             for start in range(0, len(entries), _PAGE):
                 page = [_entry(entry) for entry in entries[start : start + _PAGE]]
                 connection.execute(_plan(connection.dialect.name), {"rows": page, "rollout": rollout.id})
-            if connection.dialect.name == "postgresql":  # or it is taken for an empty table, and read as a whole for each batch of results
-                connection.execute(_ANALYZE)
+            if connection.dialect.name == "postgresql" and len(entries) > _FEW:  # or it is taken for an empty table, and read as a whole
+                connection.execute(_ANALYZE)  # for each batch of results
             _refuse_conflict(connection, rollout.id, clock)
             audit.record(connection, "rollout.begin", object=rollout.id, details={"target": target, "tenants": rollout.total})
         return rollout
@@ -663,11 +664,11 @@ def _end(connection: Connection, rollout: Rollout, state: RolloutState, error: s
         "updated_at": now,
         "finished_at": None if state.value in _UNFINISHED else now,
     }
-    connection.execute(update(_rollouts).where(_rollouts.c.id == rollout.id).values(values))
+    ended = connection.execute(update(_rollouts).where(_rollouts.c.id == rollout.id).values(values).returning(_rollouts)).mappings().one()
     _put_back(connection, rollout.id)
     counts = {str(found): count for found, count in _counts(connection, rollout.id).items()}
     audit.record(connection, action, object=rollout.id, outcome=str(state), details={"target": rollout.target, **counts})
-    return _one(connection, rollout.id)
+    return _rollout(ended)
 
 
 def _counts(connection: Connection, rollout_id: UUID) -> dict[AttemptState, int]:
