@@ -16,15 +16,17 @@ from tenantdb.backends.postgresql.wire import reset_message
 from tenantdb.cli.group import cli
 from tenantdb.connections.ledger import UnitState, Work
 from tenantdb.errors import TenantDBError, all_errors
+from tenantdb.fleet.plan import Options, Runner
 from tenantdb.model import TRANSITIONS, TenantState
 from tenantdb.provisioning.ending import _LEVELS
 from tenantdb.provisioning.hooks import EVENTS
 from tenantdb.provisioning.procedures import PROCEDURES
 from tenantdb.registry.operations import PROVISION
+from tenantdb.registry.rollouts import RolloutState
 from tenantdb.registry.tables import VERSION_TABLE, metadata
 from tenantdb.settings import Budget, Settings
 from tenantdb.testing import plugin
-from tests.docs.reader import DOCS, blocks, pages
+from tests.docs.reader import DOCS, ROOT, blocks, pages
 from tests.unit.test_layering import LINE
 
 
@@ -203,6 +205,24 @@ def test_the_events_of_hooks_are_named() -> None:
     assert all(f"`{verb}`" in text("howto/workers.md") for verb in verbs)
 
 
+def test_the_events_of_migrations_have_their_rows() -> None:
+    listed = {row[0].strip("`") for row in rows("howto/migrate-a-fleet.md", columns=3)}
+
+    assert {event for event in EVENTS if event.endswith(("_migrate", "_rollout"))} <= listed
+
+
+def test_the_ways_to_migrate_a_tenant_have_their_rows() -> None:
+    listed = {row[0].strip("`") for row in rows("howto/migrate-a-fleet.md", columns=3)}
+
+    assert set(map(str, Runner)) == {name for name in listed if not name.startswith(("before_", "after_"))}
+
+
+def test_the_states_of_a_rollout_are_named_in_order() -> None:
+    *most, last = (f"`{state}`" for state in RolloutState)
+
+    assert f"A rollout is {', '.join(most)} or {last}." in prose("howto/migrate-a-fleet.md")
+
+
 def test_what_stays_open_on_managed_servers_is_said_in_the_words_of_check() -> None:
     listed = re.findall(r"^- (hardening='managed': .+)$", text("howto/postgresql.md"), re.MULTILINE)
 
@@ -229,6 +249,17 @@ def test_every_verb_of_the_command_line_has_its_section_with_its_options() -> No
     }
 
     assert documented == verbs(cli, "tenantdb")
+
+
+def test_every_option_of_a_rollout_is_said_with_its_default() -> None:
+    page = text("reference/cli.md")
+    names = {"waves": "wave", "spares": "no-spares"}
+    documented = dict(re.findall(r"^\| `--([\w-]+).*?` \| (.+) \|$", page, re.MULTILINE))
+
+    for field in dataclasses.fields(Options):
+        said = documented[names.get(field.name, field.name.replace("_", "-"))]
+        if type(field.default) in (int, float) and field.default:
+            assert f"; {field.default}." in said, field.name
 
 
 # -- public names ----------------------------------------------------------------------------------------------------------------------
@@ -261,3 +292,9 @@ def test_the_fixtures_for_users_tests_are_listed() -> None:
 
     assert listed <= set(vars(plugin))
     assert listed == {"tenant_db", "tenant", "tenant_session"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+    assert [page for page in pages() if f": {page}\n" not in navigation] == []
