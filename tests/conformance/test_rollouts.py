@@ -320,10 +320,13 @@ def test_a_revision_that_nobody_knows_is_refused_for_its_tenant_alone(release: T
 
 def test_hooks_and_progress_that_raise_break_nothing(release: TenantDB, caplog: pytest.LogCaptureFixture, fleet: list[Tenant]) -> None:
     told: list[str] = []
+    revisions: set[tuple[str, str | None]] = set()
 
     def remember(event: str) -> Callable[[Any], None]:
         def hook(subject: Any) -> None:
             told.append(event)
+            if isinstance(subject, Tenant):
+                revisions.add((event, subject.revision))
             raise RuntimeError("mine")
 
         return hook
@@ -338,7 +341,40 @@ def test_hooks_and_progress_that_raise_break_nothing(release: TenantDB, caplog: 
     assert told[0] == "before_rollout"
     assert told[-1] == "after_rollout"
     assert (told.count("before_migrate"), told.count("after_migrate")) == (12, 12)
+    assert revisions == {("before_migrate", "0001"), ("after_migrate", "0002")}
     assert "mine" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["python", "processes"])
+def test_a_statement_that_takes_too_long_is_ended(
+    release: TenantDB, process: MakeProcess, estate: Estate, fleet: list[Tenant], tmp_path: Path, engine: str
+) -> None:
+    if estate.backend == "sqlite":
+        pytest.skip("a file has no such limit")
+    slow = SECOND.replace('    op.execute("INSERT', '    op.execute("SELECT pg_sleep(20)")\n    op.execute("INSERT', 1)
+    report = process(migrations=schema(tmp_path / "schema", slow)).migrations.run(
+        tenants=[fleet[0].slug], engine=engine, statement_timeout=0.2, retries=0
+    )
+    assert report.failed == {fleet[0].slug: "QueryCanceled (57014)"}
+    assert release.tenants.get(fleet[0]).revision == "0001"
+
+
+def test_to_an_older_revision_nothing_is_prepared_and_no_spare_taken_along(
+    release: TenantDB, process: MakeProcess, estate: Estate, tmp_path: Path
+) -> None:
+    """The way back must be open where the head cannot be reached, on an empty database either."""
+    assert release.migrations.run().ok
+    estate.db.spares.fill(1)
+    broken = process(migrations=schema(tmp_path / "schema", SECOND))
+    (tmp_path / "schema" / "versions" / "0003.py").write_text(
+        "revision, down_revision = '0003', '0002'\n\n\ndef upgrade() -> None:\n    raise RuntimeError('half-way')\n"
+    )
+    assert broken.migrations.run().state is RolloutState.HALTED
+    broken.migrations.cancel()
+    assert broken.migrations.plan(target="0001", allow_downgrade=True).spares == 0
+    report = broken.migrations.run(target="0001", allow_downgrade=True)
+    assert (report.ok, report.spares, report.error) == (True, 0, None)
+    estate.db.spares.drain()
 
 
 def test_spares_come_along_and_a_tenant_made_meanwhile_ends_at_head(release: TenantDB, estate: Estate) -> None:

@@ -600,6 +600,27 @@ def test_an_index_is_built_concurrently(town: Town, one: str, concurrently: Loca
     assert town.sql(one, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'landed_once'::regclass") == [(True,)]
 
 
+def test_what_is_built_concurrently_waits_for_others_however_long_that_takes(town: Town, one: str, write: Write) -> None:
+    note = "INSERT INTO landed SELECT current_setting('lock_timeout')"
+    local = write(
+        LANDING,
+        f"""
+        def upgrade():
+            op.execute("{note}")
+            with op.get_context().autocommit_block():
+                op.execute("{note}")
+            op.execute("{note}")
+        """,
+    )
+
+    with town.connection(one) as connection:
+        connection.exec_driver_sql("SET lock_timeout = '7s'")
+        connection.commit()
+        local.run(connection, "head", lock_timeout=0.25)
+
+    assert town.landed(one) == sorted(["250ms", "0", "250ms", one])
+
+
 def test_an_invalid_index_is_named_and_the_next_attempt_ends_well(town: Town, one: str, concurrently: LocalScripts) -> None:
     town.sql(one, "INSERT INTO landed VALUES ('twice'), ('twice')")
 

@@ -305,8 +305,6 @@ def _watching(invocation: Invocation, *, events: bool) -> Iterator[Callable[[Pro
                     output.say(f"wave {told.wave}")
                 elif told.event == "tenant" and told.error is not None:
                     output.say(f"{told.tenant}: failed: {told.error}")
-                elif told.event == "halt":
-                    output.say(f"halted: {told.error}")
                 tell(told.done + told.failed, told.total)
 
         yield watch
@@ -375,10 +373,11 @@ def _print_report(invocation: Invocation, report: Report) -> None:
             f" failed: {report.failures + len(report.refused)}{rest}{spares}"
         )
         if report.error:
-            output.say(report.error)
-        if report.waiting and report.state != "cancelled":
-            output.say(f"Go on with: tenantdb rollouts resume {report.rollout}")
-        elif report.failures:
+            output.say(f"{report.state}: {report.error}")
+        if report.state != "cancelled" and report.failures:
             output.say(f"When the cause is mended: tenantdb rollouts retry {report.rollout}")
+        if report.state != "cancelled" and report.waiting:
+            without = ", without those that failed" if report.failures else ""
+            output.say(f"Go on with the rest{without}: tenantdb rollouts resume {report.rollout}")
     if not report.ok:
         click.get_current_context().exit(output.SOME_FAILED)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from tenantdb.backends import backend
-from tenantdb.errors import ConfigError, MigrationError, RegistryError, RolloutConflict, describe
+from tenantdb.errors import BudgetExhausted, ConfigError, MigrationError, RegistryError, RolloutConflict, ServerUnavailable, describe
 from tenantdb.fleet.plan import Options, Plan, Runner, Way, arrange
 from tenantdb.fleet.proof import Proofs
 from tenantdb.fleet.rollouts import Execution, Progress
@@ -129,7 +129,7 @@ class FleetMigrations(TenantMigrations):
             refused=refused,
             mistaken=mistaken,
             unreachable=unreachable,
-            spares=len(spares) if options.spares else 0,
+            spares=len(spares) if options.spares and wanted == local.head else 0,
         )
         return plan, plans
 
@@ -284,7 +284,7 @@ class FleetMigrations(TenantMigrations):
             self._registry.tenants.set_revision(self._registry.tenants.get(slug), revision)
         whole = tenants is None
         if not plan.tenants:
-            refreshed = self._refresh(chosen) if whole else 0
+            refreshed = self._refresh(plan.target, chosen) if whole else 0
             return Report(
                 rollout=None, target=plan.target, state=RolloutState.DONE, refused={**plan.refused, **plan.unreachable}, spares=refreshed
             )
@@ -368,7 +368,7 @@ class FleetMigrations(TenantMigrations):
             ways, plans = known if known is not None else self._ways_of(local, claimed, options)
             self._hooks.tell("before_rollout", claimed)
             state: RolloutState | None = RolloutState.HALTED
-            why = self._unprepared() if whole else None
+            why = self._unprepared() if whole and claimed.target == local.head else None
             if why is None:
                 counts = store.wave_counts(claimed) if waves is None else waves
                 state, why = self._execute(claimed, options, counts, canaries, local, ways, plans, me, stop, progress)
@@ -380,7 +380,7 @@ class FleetMigrations(TenantMigrations):
             except RegistryError as problem:  # then its lease ends by itself
                 logger.warning("a rollout that was interrupted could not be let go of: %s", problem.explain())
             raise
-        refreshed = self._refresh(options) if state is RolloutState.DONE and whole else 0
+        refreshed = self._refresh(claimed.target, options) if state is RolloutState.DONE and whole else 0
         ended = store.finish(claimed, me, RolloutState.PAUSED if state is None else state, why)
         report = self._report(ended, refused or {}, refreshed)
         self._hooks.tell("after_rollout", report)
@@ -393,6 +393,9 @@ class FleetMigrations(TenantMigrations):
             self._prepare()
         except RegistryError:
             raise
+        except (ServerUnavailable, BudgetExhausted) as error:  # which says nothing of the migrations; the next sign-up makes one
+            logger.warning("a rollout begins without golden databases at the head: %s", error.explain())
+            return None
         except Exception as error:  # whatever a migration raises on an empty database
             return f"the migrations fail on an empty database: {describe(error)}"
         return None
@@ -431,7 +434,7 @@ class FleetMigrations(TenantMigrations):
 
     def _after_tenant(self, record: TenantRecord, ended: Ended) -> None:
         if ended.error is None:
-            self._hooks.tell("after_migrate", self._registry.tenants.row(record.tenant.id).tenant)
+            self._hooks.tell("after_migrate", replace(record.tenant, revision=ended.to_revision))
 
     def _ways_of(self, local: LocalScripts, rollout: Rollout, options: Options) -> tuple[dict[str | None, Way], dict[str | None, SQLPlan]]:
         ways, plans, _ = self._ways_from(local, rollout.target, self._registry.rollouts.starts(rollout), options)
@@ -460,9 +463,11 @@ class FleetMigrations(TenantMigrations):
                 return state, why
         return RolloutState.DONE, None
 
-    def _refresh(self, options: Options) -> int:
-        """Spares are migrated by their own procedure, so that nobody takes one meanwhile. Without a provisioner a worker does it."""
-        return self._spares().refresh() if options.spares and self._settings.provisioners else 0
+    def _refresh(self, target: str | None, options: Options) -> int:
+        """Spares are migrated by their own procedure, so that nobody takes one meanwhile. Without a provisioner a worker does it. They are
+        for sign-ups, which begin at the head."""
+        meant = options.spares and target == self._local().head
+        return self._spares().refresh() if meant and self._settings.provisioners else 0
 
     # -- sight -------------------------------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ _OUTAGE = 60.0  # seconds for which the registry may be away
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What ``progress`` is called with. ``event``: wave, tenant, retry, halt, end. ``rate``: tenants per second; ``remaining``: seconds."""
+    """What ``progress`` is called with. ``event``: wave, tenant, retry, halt. ``rate``: tenants per second; ``remaining``: seconds."""
 
     event: str
     rollout: UUID

@@ -147,6 +147,7 @@ class Upgrader:
             location=self._settings.migrations or "",
             target=self._target or "base",
             down=down,
+            statement_timeout=self._options.statement_timeout,
         )
         if self._children is None:
             most = min(self._options.concurrency, multiprocessing.cpu_count())

@@ -9,6 +9,8 @@ import threading
 from dataclasses import dataclass, field
 
 from pydantic import SecretStr
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
 
 from tenantdb.backends import Location
 from tenantdb.connections.engines import Engines
@@ -30,6 +32,7 @@ class Errand:
     location: str
     target: str
     down: bool
+    statement_timeout: float | None = None
 
 
 class _Here(Locator):
@@ -60,6 +63,13 @@ def upgrade(errand: Errand) -> tuple[str | None, str | None]:
     record = TenantRecord(tenant=errand.tenant, server=errand.server)
     try:
         with engines.passing(record, DatabaseRole.OWNER) as engine:
+            if errand.statement_timeout is not None and engine.dialect.name == "postgresql":
+                milliseconds = max(1, round(errand.statement_timeout * 1000))
+
+                @event.listens_for(engine, "begin")
+                def limit(connection: Connection) -> None:
+                    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
+
             with engine.connect() as connection:
                 before = current_revision(connection)
             after = scripts.downgrade(engine, errand.target) if errand.down else scripts.upgrade(engine, errand.target)

@@ -313,7 +313,11 @@ class _Run:
         step = self._block_belongs_to
         self._left_transaction = step.revision
         with self._autocommit_block():
+            if self._on_postgresql:  # an index that is built concurrently waits for every transaction that is older
+                self._connection.exec_driver_sql("SET lock_timeout = 0")
             yield
+            if self._on_postgresql:
+                self._connection.exec_driver_sql("RESET lock_timeout")
         self._enter(step.before)  # another transaction has begun, in which the revision is recorded
         self._guarded = False
 
