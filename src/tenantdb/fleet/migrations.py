@@ -183,10 +183,11 @@ class FleetMigrations(TenantMigrations):
         why = ""
         if demanded in (None, Runner.SQL):
             rendered = self._render(local, start, target)
-            if demanded is None and count < _WORTH_A_PROOF:
-                problem: str | None = f"fewer than {_WORTH_A_PROOF} tenants are not worth a proof"
-            else:
-                problem = rendered.problem or self._proofs.problem(local, rendered)
+            problem = rendered.problem
+            if problem is None and demanded is None and count < _WORTH_A_PROOF:
+                problem = f"fewer than {_WORTH_A_PROOF} tenants are not worth a proof"
+            elif problem is None:
+                problem = self._proofs.problem(local, rendered)
             if problem is None:
                 return Runner.SQL, "", rendered
             if demanded is Runner.SQL:

@@ -155,10 +155,13 @@ def upgrade_in_place(connection: Connection, scripts: ScriptDirectory, options: 
         context.run_migrations()
 
 
+_ALEMBICS_ADVICE = "Please use the 'init' command to create a new scripts folder."
+
+
 @contextmanager
 def as_migration_error() -> Iterator[None]:
     """Alembic's own complaints become ours."""
     try:
         yield
     except CommandError as error:
-        raise MigrationError(str(error)) from error
+        raise MigrationError(str(error).replace(_ALEMBICS_ADVICE, "Make it with: tenantdb migrations init")) from error
