@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from tenantdb.errors import MigrationError, describe
 from tenantdb.model import Server, Template, TemplateState
 from tenantdb.provisioning.hooks import Hooks, StaticSeed
-from tenantdb.provisioning.lease import LEASE, heartbeat, worker
+from tenantdb.provisioning.lease import LEASE, dead, heartbeat, worker
 from tenantdb.registry import Registry
 from tenantdb.settings import SQLITE, Settings
 
@@ -108,6 +108,7 @@ class Golden:
                     owner_role=None if server.backend == SQLITE else draw_name(),
                     worker=worker(),
                     lease=LEASE,
+                    dead=self._dead_builders(server),
                 )
                 if mine is not None:
                     self._build(mine, workshop)
@@ -115,6 +116,11 @@ class Golden:
                 if time.monotonic() > waited_until:
                     raise MigrationError(f"another process has been building the golden database of {server.name!r} for too long")
                 threading.Event().wait(_POLL)
+
+    def _dead_builders(self, server: Server) -> list[str]:
+        """A rollout begins with a build, so whoever resumes one that was killed there need not wait for the lease."""
+        listed = self._registry.templates.list(server)
+        return dead(each.worker for each in listed if each.worker is not None and each.state is TemplateState.BUILDING)
 
     def drop_retired(self, server: Server, workshop: Workshop) -> None:
         """Drop what is used no more. One that cannot be dropped now stays until next time."""

@@ -8,6 +8,7 @@ want different ones.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -44,19 +45,28 @@ class TemplateStore:
             return [_template(row) for row in connection.execute(query).mappings()]
 
     def begin(
-        self, server: Server, revision: str | None, digest: str, *, database: str, owner_role: str | None, worker: str, lease: timedelta
+        self,
+        server: Server,
+        revision: str | None,
+        digest: str,
+        *,
+        database: str,
+        owner_role: str | None,
+        worker: str,
+        lease: timedelta,
+        dead: Collection[str] = (),
     ) -> Template | None:
         """Take it upon oneself to build one; None where another worker is at it on this server, or has just finished.
 
-        A worker that died leaves a row whose lease has ended: it is retired, and what it made is dropped with the other retired ones.
+        A worker that died leaves a row whose lease ends, or whose worker is ``dead``: it is retired, and what it made is dropped with the
+        other retired ones.
         """
         with self._transactions.admin_write() as connection:
             connection.execute(select(tables.servers.c.id).where(tables.servers.c.id == server.id).with_for_update())  # one at a time
             now = now_at(connection)
             building = (_templates.c.server_id == server.id) & (_templates.c.state == TemplateState.BUILDING.value)
-            connection.execute(
-                update(_templates).where(building & (_templates.c.lease_until <= now)).values(state=TemplateState.RETIRED.value)
-            )
+            left = (_templates.c.lease_until <= now) | _templates.c.worker.in_(dead)
+            connection.execute(update(_templates).where(building & left).values(state=TemplateState.RETIRED.value))
             if connection.execute(select(_templates.c.id).where(building)).first() is not None:
                 return None
             # In this order: one that is switched to in between is seen by the second look.
