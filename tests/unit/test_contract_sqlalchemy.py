@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, select
 from sqlalchemy import inspect as inspect_mapper
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool, Pool
 from sqlalchemy.pool.base import _ConnectionRecord
+from sqlalchemy.util import await_only
 
 from tenantdb.connections.sqla import BudgetedPool, Record, TenantEngine
 
@@ -95,6 +101,83 @@ def test_the_dialect_is_initialised_by_the_first_connect_of_any_engine_and_never
         with TenantEngine(OnePool(template), template.url, template).connect() as connection:
             assert connection.dialect.default_schema_name == "main"
     assert len(initialised) == 1
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["", "control"])
+def test_who_connects_while_the_dialect_is_initialised_waits_for_that(
+    template: Engine, monkeypatch: pytest.MonkeyPatch, *, waits: bool
+) -> None:
+    under_way, go_on = threading.Event(), threading.Event()
+    initialize = template.dialect.initialize
+
+    def slow(connection: Connection) -> None:
+        under_way.set()
+        assert go_on.wait(30)
+        initialize(connection)
+
+    monkeypatch.setattr(template.dialect, "initialize", slow)
+    one, other = (TenantEngine(pool, template.url, template) for pool in (OnePool(template), OnePool(template)))
+    if not waits:
+        other.pool.initialisation = SimpleNamespace(done=True)  # type: ignore[attr-defined]
+
+    def connect(engine: Engine) -> bool:
+        with engine.connect():
+            return hasattr(template.dialect, "default_isolation_level")
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(connect, one)
+        assert under_way.wait(30)
+        second = threads.submit(connect, other)
+        assert not wait([second], timeout=0.2).done or not waits
+        if not waits:
+            second.result(30)
+        go_on.set()
+        assert first.result(30)
+    assert second.result() is waits
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["", "control"])
+def test_and_so_does_a_task(monkeypatch: pytest.MonkeyPatch, *, waits: bool) -> None:
+    template = create_async_engine("sqlite+aiosqlite://").sync_engine
+    initialize = template.dialect.initialize
+
+    def slow(connection: Connection) -> None:
+        await_only(asyncio.sleep(0.2))
+        initialize(connection)
+
+    monkeypatch.setattr(template.dialect, "initialize", slow)
+
+    class AsyncPool(OnePool):
+        def _open(self, record: Record) -> Any:
+            return template.dialect.connect(":memory:")
+
+    async def connect() -> bool:
+        pool = AsyncPool(template)
+        if not waits:
+            pool.initialisation = SimpleNamespace(done=True)  # type: ignore[assignment]
+        async with AsyncEngine(TenantEngine(pool, template.url, template)).connect():
+            return hasattr(template.dialect, "default_isolation_level")
+
+    async def both() -> list[bool]:
+        return await asyncio.gather(connect(), connect())
+
+    assert asyncio.run(both()) == [True, waits]
+
+
+def test_after_an_initialisation_that_failed_the_next_connection_does_it(template: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    initialize, failures = template.dialect.initialize, [RuntimeError("the server went away")]
+
+    def unlucky(connection: Connection) -> None:
+        if failures:
+            raise failures.pop()
+        initialize(connection)
+
+    monkeypatch.setattr(template.dialect, "initialize", unlucky)
+    engine = TenantEngine(OnePool(template), template.url, template)
+    with pytest.raises(RuntimeError, match="went away"):
+        engine.connect()
+    with engine.connect():
+        assert hasattr(template.dialect, "default_isolation_level")
 
 
 def test_listeners_of_the_template_hear_every_engine_also_those_that_came_later(template: Engine) -> None:

@@ -5,7 +5,7 @@ tests/unit/test_contract_sqlalchemy.py holds each of them to what is assumed her
 - `Engine` is what `create_engine` makes, and may be made from a pool, a dialect and a URL; its compiled cache and its listeners are
   attributes, and thousands of engines may share one of each.
 - A pool may take over another's listeners (``_dispatch``, as its own `recreate` does), among them the one that initialises the dialect at
-  the first connect of any of them.
+  the first connect of any of them. The others are not kept from connecting meanwhile, so they wait here.
 - A record of a pool can be made unconnected. SQLAlchemy connects it when it is checked out, and returns it to the pool when that fails.
 - A pool closes connections through `_close_connection`, and returns records through `_do_return_conn`: without a connection when it was
   closed, or detached.
@@ -15,11 +15,17 @@ tests/unit/test_contract_sqlalchemy.py holds each of them to what is assumed her
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any, cast
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import Pool
 from sqlalchemy.pool.base import _ConnectionRecord
+from sqlalchemy.util import await_only
+
+_PATIENCE = 10.0  # seconds for a few queries
+_GLANCE = 0.005  # seconds between looks at whether a dialect is initialised, which happens once
 
 
 class Record(_ConnectionRecord):
@@ -33,6 +39,21 @@ class Record(_ConnectionRecord):
         self._pool = pool
         self.unit = unit
         self.deadline = deadline
+
+    def get_connection(self) -> Any:
+        """Connect if need be; not before the dialect knows what it has to know of the server."""
+        connection = super().get_connection()
+        if self.fresh and not self._pool.initialisation.done:
+            self._wait_for_the_dialect()
+        return connection
+
+    def _wait_for_the_dialect(self) -> None:
+        initialisation, until = self._pool.initialisation, time.monotonic() + _PATIENCE
+        while not initialisation.done and not initialisation.failed and time.monotonic() < until:
+            if self._pool._is_asyncio:
+                await_only(asyncio.sleep(_GLANCE))
+            else:
+                time.sleep(_GLANCE)
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
         """Give the record back, whatever a listener does. Where one raises, the connection is closed, for SQLAlchemy leaves it in the hands
@@ -82,11 +103,42 @@ class TenantEngine(Engine):
         self._template._has_events = value
 
 
+class Initialisation:
+    """Whether the dialect that a template's engines share has been initialised, by the first connection of any of them."""
+
+    __slots__ = ("done", "failed")
+
+    def __init__(self) -> None:
+        self.done = self.failed = False
+
+    @classmethod
+    def of(cls, template: Engine) -> Initialisation:
+        """The template's one."""
+        dialect: Any = template.dialect
+        new = cls()
+        found: Initialisation = dialect.__dict__.setdefault("_tenantdb_initialisation", new)
+        if found is new:
+            initialize = dialect.initialize
+
+            def noted(connection: Connection) -> None:
+                new.failed = False
+                try:
+                    initialize(connection)
+                except BaseException:
+                    new.failed = True
+                    raise
+                new.done = True
+
+            dialect.initialize = noted
+        return found
+
+
 class BudgetedPool(Pool):
     """What a pool needs of SQLAlchemy's to take its connections from somewhere else. ``_open`` and ``_finish`` are the subclass's."""
 
     def __init__(self, template: Engine) -> None:
         self.template = template
+        self.initialisation = Initialisation.of(template)
         super().__init__(
             cast("Any", _never_called),
             dialect=template.dialect,

@@ -42,6 +42,7 @@ _FLUSH = 1.0  # seconds until they are written down however few they are
 _GLANCE = 0.2  # seconds between looks at whether to stop
 _BACKOFF = 0.05  # seconds before a locked tenant is tried again; doubles
 _LONGER_BACKOFF = 0.5  # the same for one whose server does not answer
+_LONGEST_BACKOFF = 30.0  # seconds
 _OUTAGE = 60.0  # seconds for which the registry may be away
 
 
@@ -83,7 +84,7 @@ class _Page:
 
 def _pause_before(tries: int, ended: Ended) -> float:
     first = _BACKOFF if ended.sqlstate in LOCKED else _LONGER_BACKOFF
-    return first * float(2 ** (tries - 1)) * (0.5 + random.random())
+    return min(first * float(2 ** (tries - 1)), _LONGEST_BACKOFF) * (0.5 + random.random())
 
 
 def run_loop(work: Coroutine[Any, Any, R]) -> R:
