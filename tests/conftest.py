@@ -30,8 +30,9 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def postgresql_world() -> Iterator[world.PostgreSQLWorld]:
-    """One PostgreSQL from the wheel for all tests that need no server of their own. Each application in it has its own registry."""
-    with world.pg_world() as made:
+    """One PostgreSQL from the wheel for all tests that need no server of their own. Each application in it has its own registry, and keeps
+    its connections to that until the world ends."""
+    with world.pg_world(max_connections="300") as made:
         yield made
 
 

@@ -65,6 +65,7 @@ def shelf(world: World, tmp_path: Path) -> Iterator[Shelf]:
     for db in shelf.made:
         db.close()
     eventually(lambda: world.open_connections(shelf.db, tenants) == 0)
+    shelf.db.close()
 
 
 def lines(db: TenantDB, tenant: Tenant) -> list[str]:
