@@ -772,7 +772,7 @@ def describe(error: BaseException) -> str:
         return error.explain()
     origin: Any = getattr(error, "orig", None) or error
     sqlstate = getattr(origin, "sqlstate", None) or getattr(origin, "sqlite_errorname", None)
-    if sqlstate or hasattr(error, "orig"):
+    if sqlstate or hasattr(error, "orig") or type(origin).__module__ == "sqlite3":  # which has no codes before Python 3.11
         told = f"{type(origin).__name__}" + (f" ({sqlstate})" if sqlstate else "")
         return f"{told}: {names}" if (names := _names_in(origin)) else told
     return f"{type(error).__name__}: {error}"

@@ -116,6 +116,8 @@ class _Rendering:
             output_buffer=self,
         )
         self._context = self._environment.get_context()
+        # SQLAlchemy 2.0 doubles backslashes until it has asked a server; the guard insists on the setting without which that is wrong.
+        setattr(self._context.dialect, "_backslash_escapes", False)  # noqa: B010
         self.table = VersionTable.of(self._context)
         rendering = self._context.dialect
         if not isinstance(dialect, str):
