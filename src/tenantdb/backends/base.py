@@ -130,6 +130,11 @@ class TableShape:
     foreign_keys: Sequence[tuple[Sequence[str], str, Sequence[str]]] = ()
 
 
+def milliseconds(seconds: float) -> int:
+    """As PostgreSQL counts its limits: 0 lifts one, which a very short one must not do."""
+    return max(1, round(seconds * 1000)) if seconds else 0
+
+
 RIGHTS = "rights"
 """The kind of line that says who owns an object and who may do what with it."""
 

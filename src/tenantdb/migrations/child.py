@@ -13,6 +13,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection
 
 from tenantdb.backends import Location
+from tenantdb.backends.base import milliseconds
 from tenantdb.connections.engines import Engines
 from tenantdb.connections.locate import Locator
 from tenantdb.migrations.scripts import Scripts, current_revision
@@ -64,11 +65,11 @@ def upgrade(errand: Errand) -> tuple[str | None, str | None]:
     try:
         with engines.passing(record, DatabaseRole.OWNER) as engine:
             if errand.statement_timeout is not None and engine.dialect.name == "postgresql":
-                milliseconds = max(1, round(errand.statement_timeout * 1000))
+                most = milliseconds(errand.statement_timeout)
 
                 @event.listens_for(engine, "begin")
                 def limit(connection: Connection) -> None:
-                    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
+                    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {most}")
 
             with engine.connect() as connection:
                 before = current_revision(connection)

@@ -6,13 +6,14 @@ whoever dies. Reading and writing the table is not blocked by it, only another g
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy.schema import CreateTable
+
+from tenantdb.backends.base import milliseconds
 
 WRONG_REVISION, BUSY, WRONG_IDENTITY = "TD001", "TD002", "TD003"
 
@@ -59,7 +60,7 @@ def guard(
     Raises in the database: TD001 at another revision, TD002 locked by another migration, TD003 not the tenant's database.
     """
     body = [
-        f"PERFORM pg_catalog.set_config('{name}', '{math.ceil(seconds * 1000)}', true);"
+        f"PERFORM pg_catalog.set_config('{name}', '{milliseconds(seconds)}', true);"
         for name, seconds in (("lock_timeout", lock_timeout), ("statement_timeout", statement_timeout))
         if seconds is not None
     ]

@@ -22,6 +22,7 @@ from tenantdb.backends.base import ConnectFailed, Location, SchemaLine, ServerRe
 from tenantdb.backends.hangup import await_hangup, is_readable, wait_for_hangup
 from tenantdb.backends.postgresql import wire
 from tenantdb.backends.postgresql.connect import (
+    check_login,
     connect_failure,
     connect_problem,
     is_refused_password,
@@ -220,10 +221,7 @@ def _login(location: Location) -> str:
 def _check_identity(dialect: Dialect, connection: Any, tenant: Tenant, role: str, timeout: float) -> None:
     """Once per physical connection, before any statement of the application. Raises: `WrongDatabase`."""
     driver = dialect.get_driver_connection(connection)
-    if driver.info.parameter_status("is_superuser") != "off":
-        raise WrongDatabase(tenant.slug, "the login is a superuser")
-    if driver.info.parameter_status("session_authorization") != role:
-        raise WrongDatabase(tenant.slug, "the session runs as another role")
+    check_login(driver.info, tenant, role)
     try:
         asked = driver.ask(_IDENTITY, timeout)
         rows = await_only(asked) if dialect.is_async else asked

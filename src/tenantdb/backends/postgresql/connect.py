@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tenantdb.backends.base import FailureClass
-from tenantdb.errors import ConfigError, ServerUnavailable
-from tenantdb.model import DatabaseRole
+from tenantdb.backends.base import FailureClass, milliseconds
+from tenantdb.errors import ConfigError, ServerUnavailable, WrongDatabase
+from tenantdb.model import DatabaseRole, Tenant
 from tenantdb.settings import ConnectionURL, Settings, is_local
 
 try:
@@ -44,14 +44,18 @@ def session_options(role: DatabaseRole | None, settings: Settings) -> dict[str, 
     limits = {"lock_timeout": settings.lock_timeout, "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout}
     if role is not DatabaseRole.OWNER:  # a migration may take long; what it must not do is wait long for a lock
         limits["statement_timeout"] = settings.statement_timeout
-    words = [f"-c {name}={_milliseconds(seconds)}" for name, seconds in limits.items()]
+    words = [f"-c {name}={milliseconds(seconds)}" for name, seconds in limits.items()]
     if role is not None:
         words += ["-c search_path=public", "-c default_transaction_read_only=off"]
     return {"options": " ".join(words)}
 
 
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000)) if seconds else 0  # 0 lifts a limit, which a very short one must not do
+def check_login(info: psycopg.ConnectionInfo, tenant: Tenant, role: str | None) -> None:
+    """By what the server has said while it let us in: the session is the role's, and no superuser's. Raises: `WrongDatabase`."""
+    if info.parameter_status("is_superuser") != "off":
+        raise WrongDatabase(tenant.slug, "the login is a superuser")
+    if info.parameter_status("session_authorization") != role:
+        raise WrongDatabase(tenant.slug, "the session runs as another role")
 
 
 def provisioner_connection(

@@ -5,12 +5,14 @@ A script is one message of the simple protocol, transaction and guard included, 
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import psycopg
 
 from tenantdb.backends.base import ConnectFailed, Location
 from tenantdb.backends.postgresql.connect import (
+    check_login,
     connect_failure,
     connect_problem,
     is_refused_password,
@@ -18,7 +20,6 @@ from tenantdb.backends.postgresql.connect import (
     transport,
     without_frames,
 )
-from tenantdb.errors import WrongDatabase
 from tenantdb.settings import Settings
 
 
@@ -31,10 +32,7 @@ async def send_script(location: Location, settings: Settings, script: str) -> li
     arguments = transport(location.host, settings) | session_options(location.role, settings)
     connection = await _connect(location, arguments)
     try:
-        if connection.info.parameter_status("is_superuser") != "off":
-            raise WrongDatabase(location.tenant.slug, "the login is a superuser")
-        if connection.info.parameter_status("session_authorization") != location.tenant.owner_role:
-            raise WrongDatabase(location.tenant.slug, "the session runs as another role")
+        check_login(connection.info, location.tenant, location.tenant.owner_role)
         cursor = await connection.execute(script.encode(), prepare=False)
         while cursor.nextset():
             pass
@@ -57,7 +55,8 @@ async def _connect(location: Location, arguments: dict[str, Any]) -> psycopg.Asy
                 **arguments,
             )
         except psycopg.OperationalError as error:
-            other = location.other_password() if password is location.password and is_refused_password(error) else None
+            refused = password is location.password and is_refused_password(error)
+            other = await asyncio.to_thread(location.other_password) if refused else None  # reads the registry
             if other is None:
                 raise ConnectFailed(connect_failure(error), connect_problem(error)) from without_frames(error)
             password = other
