@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from psycopg import sql
 from sqlalchemy import make_url
 
-_ENV = """
+ENV = """
 from alembic import context
 from sqlalchemy import create_engine, pool
 
@@ -36,7 +36,7 @@ class AlembicByHand:
         self._folder = tempfile.TemporaryDirectory()
         self._script = Path(self._folder.name) / "alembic"
         self._script.mkdir()
-        (self._script / "env.py").write_text(_ENV)
+        (self._script / "env.py").write_text(ENV)
         given = Config()
         given.set_main_option("script_location", location)
         self._versions = str(Path(ScriptDirectory.from_config(given).dir) / "versions")

@@ -21,16 +21,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import URL
 
-_ENV = """
-from alembic import context
-from sqlalchemy import create_engine, pool
-
-engine = create_engine(context.config.get_main_option("sqlalchemy.url"), poolclass=pool.NullPool)
-with engine.connect() as connection:
-    context.configure(connection=connection)
-    with context.begin_transaction():
-        context.run_migrations()
-"""
+from benchmarks.peers.alembic_by_hand import ENV
 
 _GUARDED = """\
 BEGIN;
@@ -70,7 +61,7 @@ class AlembicLoop:
 
     def __init__(self, script: Path, versions: Path) -> None:
         script.mkdir()
-        (script / "env.py").write_text(_ENV)
+        (script / "env.py").write_text(ENV)
         self._script = script
         self._versions = versions
 

@@ -359,6 +359,21 @@ def test_a_statement_that_takes_too_long_is_ended(
     assert release.tenants.get(fleet[0]).revision == "0001"
 
 
+@pytest.mark.parametrize("engine", ["python", "processes"])
+def test_a_statement_timeout_of_zero_is_none(release: TenantDB, fleet: list[Tenant], engine: str) -> None:
+    assert release.migrations.run(tenants=[fleet[0].slug], engine=engine, statement_timeout=0).ok
+
+
+def test_a_proof_waits_for_a_place_in_the_budget(release: TenantDB, estate: Estate, monkeypatch: pytest.MonkeyPatch) -> None:
+    if estate.backend == "sqlite":
+        pytest.skip("no SQL is sent to a file")
+    asked: list[str] = []
+    place = release._engines.place
+    monkeypatch.setattr(release._engines, "place", lambda server, label: (asked.append(label), place(server, label))[1])
+    assert release.migrations.plan(engine="sql").ways["0001"].runner is Runner.SQL
+    assert asked == ["a scratch database"] * 2
+
+
 def test_to_an_older_revision_nothing_is_prepared_and_no_spare_taken_along(
     release: TenantDB, process: MakeProcess, estate: Estate, tmp_path: Path
 ) -> None:

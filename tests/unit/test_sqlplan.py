@@ -11,7 +11,6 @@ from types import ModuleType
 
 import pytest
 from sqlalchemy import create_engine, event, inspect
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from tenantdb.errors import MigrationError
@@ -58,7 +57,7 @@ def upgrade(*lines: str) -> str:
 
 
 def plan(local: LocalScripts, current: str | None = None, target: str | None = "head") -> SQLPlan:
-    return render(local, current, target, postgresql.dialect())
+    return render(local, current, target, "postgresql")
 
 
 def test_ddl_becomes_statements_and_the_version_is_the_last_of_them(write: Write) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tenantdb.fleet.migrations import Report
     from tenantdb.fleet.plan import Plan
     from tenantdb.fleet.rollouts import Progress
-    from tenantdb.registry.rollouts import Attempt
+    from tenantdb.registry.rollouts import Attempt, Rollout
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -116,8 +117,13 @@ def migrate(
         if plan.refused or plan.unreachable:
             click.get_current_context().exit(output.SOME_FAILED)
         return
+    run = functools.partial(db.migrations.run, tenants=slugs, target=target, verify=verify, **options)
+    _carry_out(invocation, run, events=events)
+
+
+def _carry_out(invocation: Invocation, run: Callable[..., Report], *, events: bool) -> None:
     with stop_event() as stop, _watching(invocation, events=events) as watch:
-        report = db.migrations.run(tenants=slugs, target=target, verify=verify, stop=stop, progress=watch, **options)
+        report = run(stop=stop, progress=watch)
     _print_report(invocation, report)
 
 
@@ -190,10 +196,7 @@ def _attempts(db: TenantDB, rollout: UUID | None, slowest: bool) -> Iterator[Att
 @pass_invocation
 def resume_rollout(invocation: Invocation, rollout: UUID | None, events: bool) -> None:
     """Go on with a rollout that was paused, halted, or left by a process that died; the newest one without an id."""
-    db = invocation.database()
-    with stop_event() as stop, _watching(invocation, events=events) as watch:
-        report = db.migrations.resume(rollout, stop=stop, progress=watch)
-    _print_report(invocation, report)
+    _carry_out(invocation, functools.partial(invocation.database().migrations.resume, rollout), events=events)
 
 
 @rollouts.command("retry")
@@ -203,10 +206,7 @@ def resume_rollout(invocation: Invocation, rollout: UUID | None, events: bool) -
 @pass_invocation
 def retry_rollout(invocation: Invocation, rollout: UUID | None, events: bool) -> None:
     """Try the failed tenants of a rollout again, and those that it has not come to."""
-    db = invocation.database()
-    with stop_event() as stop, _watching(invocation, events=events) as watch:
-        report = db.migrations.retry(rollout, stop=stop, progress=watch)
-    _print_report(invocation, report)
+    _carry_out(invocation, functools.partial(invocation.database().migrations.retry, rollout), events=events)
 
 
 @rollouts.command("pause")
@@ -227,7 +227,7 @@ def cancel_rollout(invocation: Invocation, rollout: UUID | None) -> None:
     _say_state(invocation, invocation.database().migrations.cancel(rollout))
 
 
-def _say_state(invocation: Invocation, rollout: Any) -> None:
+def _say_state(invocation: Invocation, rollout: Rollout) -> None:
     if invocation.json:
         output.document(asdict(rollout))
     else:

@@ -175,8 +175,15 @@ class Engines:
         with hold_place(self.budget_of(server), label, self._settings.budget.acquire_timeout):
             yield
 
+    @contextlib.contextmanager
+    def scratch(self, server: Server) -> Iterator[Engine]:
+        """An engine on an empty database of a server that this process has a provisioner for; it is dropped at the end. In the budget."""
+        url = self._settings.provisioners[server.name]
+        with self.place(server, "a scratch database"), backend(server.backend).scratch_engine(server, url, self._settings) as engine:
+            yield engine
+
     def take_place(self, server: Server, label: str, work: Work, number: int) -> Callable[[], None]:
-        """The same without a block: what is returned frees it. ``number``: as there. Raises: `BudgetExhausted`."""
+        """A place without a block: what is returned frees it. ``number``: as in `places.take_place`. Raises: `BudgetExhausted`."""
         return take_place(self.budget_of(server), label, work, self._settings.budget.acquire_timeout, number)
 
     # -- letting go --------------------------------------------------------------------------------------------------------------------

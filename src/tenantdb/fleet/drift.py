@@ -352,20 +352,18 @@ class _Comparison:
     def _migrated(self, place: _Place) -> tuple[Sequence[SchemaLine] | None, str | None]:
         """What the migrations make of an empty database on this server; or why that cannot be told."""
         server, revision = self._servers[place[0]], place[1]
-        url = self._settings.provisioners.get(server.name)
         if self._scripts is None:
             return None, "no migrations are configured"
-        if url is None:
+        if server.name not in self._settings.provisioners:
             return None, "this process has no provisioner for the server, to make a database for comparison"
         if revision is not None and not self._scripts.knows(revision):
             return None, f"these migrations do not know the revision {revision!r}"
-        product = backend(server.backend)
         try:
-            with self._engines.place(server, "drift"), product.scratch_engine(server, url, self._settings) as engine:
+            with self._engines.scratch(server) as engine:
                 if revision is not None:
                     self._scripts.upgrade(engine, revision)
                 with engine.connect() as connection:
-                    return [self._lines.setdefault(line, line) for line in product.schema_lines(connection)], None
+                    return [self._lines.setdefault(line, line) for line in backend(server.backend).schema_lines(connection)], None
         except Exception as error:  # whatever a migration raises on an empty database
             return None, f"no database for comparison could be made: {describe(error)}"
 

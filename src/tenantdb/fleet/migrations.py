@@ -79,7 +79,7 @@ class FleetMigrations(TenantMigrations):
         super().__init__(*parts)
         self._hooks, self._spares, self._prepare = hooks, spares, prepare
         self._loaded: tuple[object, LocalScripts] | None = None
-        self._proofs = Proofs(self._registry, self._settings)
+        self._proofs = Proofs(self._registry, self._engines, self._settings)
         self._loading = threading.Lock()
         self._rendered: dict[tuple[LocalScripts, str | None, str | None], SQLPlan] = {}
 
@@ -91,14 +91,14 @@ class FleetMigrations(TenantMigrations):
         Who is where is read from the registry; ``verify`` asks every tenant's database, with one cheap read each. Raises: `MigrationError`
         for a target that is none, branches or several heads; `ConfigError` for options that cannot be; `TenantNotFound`.
         """
-        plan, _ = self._plan(tenants, target, verify, Options(**options))
+        plan = self._plan(tenants, target, verify, Options(**options))
         there = [count for _, state, revision, count in self._registry.rollouts.fleet() if revision == plan.target and state in _COUNTED]
         return replace(plan, at_target=sum(there))
 
     def sql(self, *, tenants: Sequence[str] | None = None, target: str = "head", **options: Any) -> dict[str | None, str]:
         """The SQL that would be sent, by the revision that it starts from. Raises: as `plan`; `MigrationError` where
         a path is no pure SQL."""
-        plan, _ = self._plan(tenants, target, False, Options(**options))
+        plan = self._plan(tenants, target, False, Options(**options))
         local, found = self._local(), {}
         for start, way in plan.ways.items():
             rendered = self._render(local, start, way.to_revision)
@@ -107,7 +107,7 @@ class FleetMigrations(TenantMigrations):
             found[start] = ";\n".join(rendered.statements) + ";"
         return found
 
-    def _plan(self, tenants: Sequence[str] | None, target: str, verify: bool, options: Options) -> tuple[Plan, dict[str | None, SQLPlan]]:
+    def _plan(self, tenants: Sequence[str] | None, target: str, verify: bool, options: Options) -> Plan:
         local = self._local()
         wanted = local.resolve(target)
         candidates = list(self._candidates(tenants, wanted, everybody=verify))
@@ -117,12 +117,12 @@ class FleetMigrations(TenantMigrations):
         unreachable: dict[str, str] = {}
         if verify:
             candidates = self._verified(candidates, wanted, options, mistaken, unreachable)
-        ways, plans, problems = self._ways(local, wanted, candidates, options)
+        ways, problems = self._ways(local, wanted, Counter(each.revision for each in candidates), options)
         refused = {each.slug: problems[each.revision] for each in candidates if each.revision in problems}
         arranged, missing = arrange((each for each in candidates if each.revision in ways), options, size=self._size(options, candidates))
         for slug in missing:
             self._registry.tenants.get(slug)  # at its target already, or a slip of the pen
-        plan = Plan(
+        return Plan(
             target=wanted,
             ways=ways,
             tenants=arranged,
@@ -131,7 +131,6 @@ class FleetMigrations(TenantMigrations):
             unreachable=unreachable,
             spares=len(spares) if options.spares and wanted == local.head else 0,
         )
-        return plan, plans
 
     def _candidates(self, tenants: Sequence[str] | None, target: str | None, *, everybody: bool) -> Iterator[Candidate]:
         slugs = None if tenants is None else [self._registry.tenants.get(slug).slug for slug in tenants]
@@ -144,18 +143,10 @@ class FleetMigrations(TenantMigrations):
             last = page[-1].id
 
     def _ways(
-        self, local: LocalScripts, target: str | None, candidates: Sequence[Candidate], options: Options
-    ) -> tuple[dict[str | None, Way], dict[str | None, SQLPlan], dict[str | None, str]]:
-        starts: dict[str | None, int] = {}
-        for each in candidates:
-            starts[each.revision] = starts.get(each.revision, 0) + 1
-        return self._ways_from(local, target, starts, options)
-
-    def _ways_from(
         self, local: LocalScripts, target: str | None, starts: Mapping[str | None, int], options: Options
-    ) -> tuple[dict[str | None, Way], dict[str | None, SQLPlan], dict[str | None, str]]:
+    ) -> tuple[dict[str | None, Way], dict[str | None, str]]:
+        """From each of the revisions where so many ``starts`` are; and why there is none."""
         ways: dict[str | None, Way] = {}
-        plans: dict[str | None, SQLPlan] = {}
         problems: dict[str | None, str] = {}
         for start, count in starts.items():
             if start == target:
@@ -170,10 +161,8 @@ class FleetMigrations(TenantMigrations):
                 problems[start] = error.problem
                 continue
             runner, why, rendered = self._choose(local, start, target, count, options)
-            if rendered is not None:
-                plans[start] = rendered
-            ways[start] = Way(from_revision=start, to_revision=target, steps=steps, runner=runner, why=why)
-        return ways, plans, problems
+            ways[start] = Way(from_revision=start, to_revision=target, steps=steps, runner=runner, why=why, sql=rendered)
+        return ways, problems
 
     def _choose(
         self, local: LocalScripts, start: str | None, target: str | None, count: int, options: Options
@@ -280,7 +269,7 @@ class FleetMigrations(TenantMigrations):
         Raises: `RolloutConflict` where another rollout is at some of them; what `plan` raises; `RegistryUnavailable`.
         """
         chosen = Options(**options)
-        plan, plans = self._plan(tenants, target, verify, chosen)
+        plan = self._plan(tenants, target, verify, chosen)
         for slug, revision in plan.mistaken.items():
             self._registry.tenants.set_revision(self._registry.tenants.get(slug), revision)
         whole = tenants is None
@@ -302,7 +291,7 @@ class FleetMigrations(TenantMigrations):
         told = {**chosen.as_json(), "whole": whole, "canaries": chosen.canary if isinstance(chosen.canary, int) else len(chosen.canary)}
         rollout = self._registry.rollouts.create(target=plan.target, options=told, entries=entries, worker=worker(), lease=LEASE)
         waves = {wave: {AttemptState.WAITING: size} for wave, size in Counter(each.wave for each in plan.tenants).items()}
-        return self._carry_out(rollout, stop, progress, (plan.ways, plans), waves, {**plan.refused, **plan.unreachable})
+        return self._carry_out(rollout, stop, progress, plan.ways, waves, {**plan.refused, **plan.unreachable})
 
     def resume(
         self,
@@ -355,34 +344,34 @@ class FleetMigrations(TenantMigrations):
         claimed: Rollout,
         stop: threading.Event | None,
         progress: Callable[[Progress], object] | None,
-        known: tuple[Mapping[str | None, Way], Mapping[str | None, SQLPlan]] | None = None,
+        ways: Mapping[str | None, Way] | None = None,
         waves: Mapping[int, Mapping[AttemptState, int]] | None = None,
         refused: Mapping[str, str] | None = None,
     ) -> Report:
-        """``known`` and ``waves``: of a rollout that was planned a moment ago."""
-        store, me = self._registry.rollouts, claimed.worker or ""
-        told = dict(claimed.options)
-        whole, canaries = told.pop("whole"), told.pop("canaries")
-        options = Options.from_json(told)
+        """``ways`` and ``waves``: of a rollout that was planned a moment ago."""
+        store, whole = self._registry.rollouts, claimed.options["whole"]
+        options = Options.from_json(claimed.options)
         try:
             local = self._local()
-            ways, plans = known if known is not None else self._ways_of(local, claimed, options)
+            if ways is None:
+                ways, _ = self._ways(local, claimed.target, store.starts(claimed), options)
             self._hooks.tell("before_rollout", claimed)
             state: RolloutState | None = RolloutState.HALTED
             why = self._unprepared() if whole and claimed.target == local.head else None
             if why is None:
-                counts = store.wave_counts(claimed) if waves is None else waves
-                state, why = self._execute(claimed, options, counts, canaries, local, ways, plans, me, stop, progress)
+                state, why = self._execute(
+                    claimed, options, store.wave_counts(claimed) if waves is None else waves, ways, local, stop, progress
+                )
             if state is RolloutState.DONE and whole:
-                state, why = self._latecomers(claimed, options, local, me, stop, progress)
+                state, why = self._latecomers(claimed, options, local, stop, progress)
         except BaseException as error:
             try:
-                store.finish(claimed, me, RolloutState.PAUSED, f"interrupted: {describe(error)}")
+                store.finish(claimed, claimed.worker or "", RolloutState.PAUSED, f"interrupted: {describe(error)}")
             except RegistryError as problem:  # then its lease ends by itself
                 logger.warning("a rollout that was interrupted could not be let go of: %s", problem.explain())
             raise
         refreshed = self._refresh(claimed.target, options) if state is RolloutState.DONE and whole else 0
-        ended = store.finish(claimed, me, RolloutState.PAUSED if state is None else state, why)
+        ended = store.finish(claimed, claimed.worker or "", RolloutState.PAUSED if state is None else state, why)
         report = self._report(ended, refused or {}, refreshed)
         self._hooks.tell("after_rollout", report)
         return report
@@ -406,29 +395,25 @@ class FleetMigrations(TenantMigrations):
         rollout: Rollout,
         options: Options,
         waves: Mapping[int, Mapping[AttemptState, int]],
-        canaries: int,
-        local: LocalScripts,
         ways: Mapping[str | None, Way],
-        plans: Mapping[str | None, SQLPlan],
-        me: str,
+        local: LocalScripts,
         stop: threading.Event | None,
         progress: Callable[[Progress], object] | None,
     ) -> tuple[RolloutState | None, str | None]:
-        upgrader = Upgrader(self._registry, self._engines, self._settings, local, options, rollout.target, ways, plans)
+        upgrader = Upgrader(self._registry, self._engines, self._settings, local, options, rollout.target, ways)
         hooked = self._hooks.wants("before_migrate", "after_migrate")
         execution = Execution(
             self._registry,
             rollout,
             options,
             upgrader,
-            me,
             stop=stop,
             progress=progress,
             before=self._before_tenant if hooked else None,
             after=self._after_tenant if hooked else None,
             forget=self._engines.forget,  # what is open has prepared statements for the tables as they were
         )
-        return execution.run(waves, canaries)
+        return execution.run(waves)
 
     def _before_tenant(self, record: TenantRecord) -> None:
         self._hooks.tell("before_migrate", record.tenant)
@@ -437,16 +422,11 @@ class FleetMigrations(TenantMigrations):
         if ended.error is None:
             self._hooks.tell("after_migrate", replace(record.tenant, revision=ended.to_revision))
 
-    def _ways_of(self, local: LocalScripts, rollout: Rollout, options: Options) -> tuple[dict[str | None, Way], dict[str | None, SQLPlan]]:
-        ways, plans, _ = self._ways_from(local, rollout.target, self._registry.rollouts.starts(rollout), options)
-        return ways, plans
-
     def _latecomers(
         self,
         rollout: Rollout,
         options: Options,
         local: LocalScripts,
-        me: str,
         stop: threading.Event | None,
         progress: Callable[[Progress], object] | None,
     ) -> tuple[RolloutState | None, str | None]:
@@ -454,12 +434,12 @@ class FleetMigrations(TenantMigrations):
         store = self._registry.rollouts
         for _ in range(_LATECOMERS):
             candidates = [each for each in self._candidates(None, rollout.target, everybody=False) if each.state is not TenantState.SPARE]
-            ways, plans, _ = self._ways(local, rollout.target, candidates, options)
+            ways, _ = self._ways(local, rollout.target, Counter(each.revision for each in candidates), options)
             late = [(each.id, each.revision) for each in candidates if each.revision in ways]
-            if not late or not store.add(rollout, late):
+            if not late or not (added := store.add(rollout, late)):
                 break
-            longer, waves = store.get(rollout.id), store.wave_counts(rollout)
-            state, why = self._execute(longer, options, waves, 0, local, ways, plans, me, stop, progress)
+            rollout = replace(rollout, total=rollout.total + added)
+            state, why = self._execute(rollout, options, store.wave_counts(rollout), ways, local, stop, progress)
             if state is not RolloutState.DONE:
                 return state, why
         return RolloutState.DONE, None

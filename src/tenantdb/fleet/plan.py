@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from tenantdb.model import StrEnum
 
 if TYPE_CHECKING:
     from tenantdb.migrations.local import Step
+    from tenantdb.migrations.sqlplan import SQLPlan
     from tenantdb.registry.rollouts import Candidate
 
 _GROWTH = 10  # how much larger each wave is than the one before, where there is a canary
@@ -33,9 +35,8 @@ class Options:
     """How a rollout goes about it. Seconds where times are meant.
 
     ``canary``: slugs, or how many, that go first; what fails among them halts the rollout. ``waves``: sizes of the waves after them, and
-    whoever is left makes one more. Left out: a single wave, or after a canary waves of tenfold size. ``max_failures``: so many failed
-    tenants
-    are one too many once exceeded; a percentage is of the wave. ``max_consecutive``: so many of one kind in a row halt it, 0 never.
+    whoever is left makes one more. Left out: a single wave, or after a canary waves of tenfold size. ``max_failures``: how many
+    may fail in one wave; a percentage is of the wave. ``max_consecutive``: so many of one kind in a row halt it, 0 never.
     ``concurrency``: on each server. ``retries``: of a tenant that was locked or out of reach, at the end of its wave's queue.
     """
 
@@ -87,25 +88,23 @@ class Options:
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Options:
-        canary, waves = told["canary"], told["waves"]
-        return cls(
-            **{
-                **told,
-                "canary": canary if isinstance(canary, int) else tuple(canary),
-                "waves": None if waves is None else tuple(waves),
-            }
-        )
+        """Of what was written down with a rollout, these; JSON makes lists of tuples."""
+        own: dict[str, Any] = {each.name: told[each.name] for each in fields(cls) if each.name in told}
+        own |= {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+        return cls(**own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """From one revision to the target: ``steps`` in order, the ``runner`` chosen, and ``why`` it is not a faster one."""
+    """From one revision to the target: ``steps`` in order, the ``runner`` chosen, and ``why`` it is not a faster one. ``sql`` is what is
+    sent where SQL is."""
 
     from_revision: str | None
     to_revision: str | None
     steps: tuple[Step, ...]
     runner: Runner
     why: str = ""
+    sql: SQLPlan | None = field(default=None, repr=False)
 
     @property
     def down(self) -> bool:
@@ -141,18 +140,11 @@ class Plan:
     @property
     def waves(self) -> list[int]:
         """The size of each wave."""
-        sizes: dict[int, int] = {}
-        for tenant in self.tenants:
-            sizes[tenant.wave] = sizes.get(tenant.wave, 0) + 1
-        return [sizes[wave] for wave in sorted(sizes)]
+        return [size for _, size in sorted(Counter(tenant.wave for tenant in self.tenants).items())]
 
     def counts(self) -> dict[tuple[str, str | None], int]:
         """How many tenants of each server are at each revision."""
-        found: dict[tuple[str, str | None], int] = {}
-        for tenant in self.tenants:
-            key = tenant.server, tenant.from_revision
-            found[key] = found.get(key, 0) + 1
-        return found
+        return Counter((tenant.server, tenant.from_revision) for tenant in self.tenants)
 
 
 def arrange(
@@ -226,9 +218,3 @@ class Verdict:
         if most and self.in_a_row >= most:
             return f"{self.in_a_row} tenants in a row failed the same way ({kind}): the migration is wrong rather than they"
         return None
-
-
-def named(slugs: Collection[str]) -> str:
-    """A few of them, for a sentence."""
-    shown = ", ".join(sorted(slugs)[:3])
-    return shown if len(slugs) <= 3 else f"{shown} and {len(slugs) - 3} more"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 
 from tenantdb.backends import backend
+from tenantdb.connections.engines import Engines
 from tenantdb.errors import TenantDBError, describe
 from tenantdb.migrations.local import LocalScripts
 from tenantdb.migrations.sqlplan import SQLPlan
@@ -19,8 +20,8 @@ from tenantdb.settings import SQLITE, Settings
 class Proofs:
     """Remembers what was proved, for as long as the revision files stay as they are."""
 
-    def __init__(self, registry: Registry, settings: Settings) -> None:
-        self._registry, self._settings = registry, settings
+    def __init__(self, registry: Registry, engines: Engines, settings: Settings) -> None:
+        self._registry, self._engines, self._settings = registry, engines, settings
         self._known: dict[tuple[LocalScripts, SQLPlan], str | None] = {}
         self._lock = threading.Lock()
 
@@ -47,11 +48,7 @@ class Proofs:
         return None
 
     def _schema(self, server: Server, local: LocalScripts, plan: SQLPlan, *, as_sql: bool) -> list[tuple[str, ...]]:
-        product = backend(server.backend)
-        with (
-            product.scratch_engine(server, self._settings.provisioners[server.name], self._settings) as engine,
-            engine.connect() as connection,
-        ):
+        with self._engines.scratch(server) as engine, engine.connect() as connection:
             if plan.from_revision is not None:
                 local.run(connection, plan.from_revision)
             if as_sql:
@@ -60,7 +57,7 @@ class Proofs:
                         connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
             else:
                 local.run(connection, plan.to_revision)
-            return [(line.kind, line.name, line.definition) for line in product.schema_lines(connection)]
+            return [(line.kind, line.name, line.definition) for line in backend(server.backend).schema_lines(connection)]
 
     def _somewhere(self) -> Server | None:
         for name in self._settings.provisioners:

@@ -155,7 +155,6 @@ class Execution:
         rollout: Rollout,
         options: Options,
         upgrader: Upgrader,
-        worker: str,
         *,
         stop: threading.Event | None,
         progress: Callable[[Progress], object] | None,
@@ -164,7 +163,7 @@ class Execution:
         forget: Callable[[UUID], object],
     ) -> None:
         self._registry, self._store = registry, registry.rollouts
-        self._rollout, self._options, self._upgrader, self._worker = rollout, options, upgrader, worker
+        self._rollout, self._options, self._upgrader, self._worker = rollout, options, upgrader, rollout.worker or ""
         self._stop, self._progress = stop, progress
         self._before, self._after, self._forget = before, after, forget
         self._lost = threading.Event()  # paused or cancelled by somebody, or taken over
@@ -173,13 +172,13 @@ class Execution:
         self._began = time.monotonic()
         self._done = self._failed = self._done_here = 0
 
-    def run(self, waves: Mapping[int, Mapping[AttemptState, int]], canaries: int) -> tuple[RolloutState | None, str | None]:
+    def run(self, waves: Mapping[int, Mapping[AttemptState, int]]) -> tuple[RolloutState | None, str | None]:
         """``waves``: how many of each are where. Returns how it ended, and why it was halted; None where somebody else decides now."""
         self._done = sum(counts.get(AttemptState.DONE, 0) for counts in waves.values())
         self._failed = sum(counts.get(AttemptState.FAILED, 0) for counts in waves.values())
         try:
             with heartbeat(self._renew, f"rollout {self._rollout.id}"):
-                return run_loop(self._waves(waves, canaries))
+                return run_loop(self._waves(waves))
         finally:
             self._upgrader.close()
 
@@ -191,8 +190,8 @@ class Execution:
     def _stopping(self) -> bool:
         return self._lost.is_set() or (self._stop is not None and self._stop.is_set())
 
-    async def _waves(self, waves: Mapping[int, Mapping[AttemptState, int]], canaries: int) -> tuple[RolloutState | None, str | None]:
-        first = True
+    async def _waves(self, waves: Mapping[int, Mapping[AttemptState, int]]) -> tuple[RolloutState | None, str | None]:
+        canaries, first = self._rollout.options["canaries"], True
         for wave, counts in sorted(waves.items()):
             if not counts.get(AttemptState.WAITING, 0):
                 continue
@@ -236,7 +235,7 @@ class Execution:
                 if not job.begun:
                     job.begun = True
                     self._unwritten.begun[job.attempt.tenant_id] = None
-                running[asyncio.get_running_loop().create_task(self._one(job))] = job
+                running[asyncio.create_task(self._one(job))] = job
             if not running and reading is None and (why is not None or self._stopping or (not queue and not more)):
                 break
             for task, job in await self._ended(queue, running):
@@ -313,7 +312,7 @@ class Execution:
         if not everything and len(held.results) < _BATCH and now - held.since < _FLUSH:
             return
         self._unwritten = _Ledger()
-        self._writing = asyncio.get_running_loop().create_task(self._off(self._write_down, list(held.begun), held.results))
+        self._writing = asyncio.create_task(self._off(self._write_down, list(held.begun), held.results))
 
     async def _write_all(self) -> None:
         while self._writing is not None or self._unwritten.begun or self._unwritten.results:

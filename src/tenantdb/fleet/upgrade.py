@@ -23,8 +23,8 @@ from tenantdb.fleet.plan import Options, Runner, Way
 from tenantdb.migrations.child import Errand, end_with_parent, upgrade
 from tenantdb.migrations.guard import BUSY, WRONG_IDENTITY, WRONG_REVISION
 from tenantdb.migrations.local import LocalScripts
-from tenantdb.migrations.scripts import current_revision
 from tenantdb.migrations.sqlplan import SQLPlan, script
+from tenantdb.migrations.tenants import found_revision
 from tenantdb.model import DatabaseRole, Server
 from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
@@ -63,11 +63,9 @@ class Upgrader:
         options: Options,
         target: str | None,
         ways: Mapping[str | None, Way],
-        plans: Mapping[str | None, SQLPlan],
     ) -> None:
         self._registry, self._engines, self._settings = registry, engines, settings
-        self._local, self._options, self._target = local, options, target
-        self._ways, self._plans = ways, plans
+        self._local, self._options, self._target, self._ways = local, options, target, ways
         self._threads = ThreadPoolExecutor(_threads(options), thread_name_prefix="tenantdb-rollout")
         self._places: dict[Server, _Places] = {}
         self._children: ProcessPoolExecutor | None = None
@@ -75,26 +73,27 @@ class Upgrader:
     async def one(self, record: TenantRecord, from_revision: str | None) -> Ended:
         """Bring a tenant to the target. An error is in what is returned; only what ends the whole rollout is raised."""
         began = time.monotonic()
-        runner = self._ways[from_revision].runner if from_revision in self._ways else Runner.PYTHON
+        way = self._ways.get(from_revision)
+        runner = Runner.PYTHON if way is None else way.runner
         try:
-            before, after = await self._run(runner, record, from_revision)
+            before, after = await self._run(way, record)
         except Exception as error:
             return _ended(error, from_revision, runner, time.monotonic() - began)
         return Ended(before, after, time.monotonic() - began, runner)
 
-    async def _run(self, runner: Runner, record: TenantRecord, from_revision: str | None) -> tuple[str | None, str | None]:
-        if runner is Runner.SQL:
+    async def _run(self, way: Way | None, record: TenantRecord) -> tuple[str | None, str | None]:
+        if way is None or way.runner is Runner.PYTHON:
+            return await self._by_python(record)
+        if way.sql is not None:
             try:
-                await self._send(record, self._plans[from_revision])
+                await self._send(record, way.sql)
             except Exception as error:
                 if _sqlstate(error) != WRONG_REVISION:
                     raise
                 # A runner that died after the commit, or somebody's hand: the database knows better than the registry.
                 return await self._by_python(record)
-            return from_revision, self._target
-        if runner is Runner.PYTHON:
-            return await self._by_python(record)
-        return await self._in_child(record, self._ways[from_revision].down)
+            return way.from_revision, self._target
+        return await self._in_child(record, way.down)
 
     async def _send(self, record: TenantRecord, plan: SQLPlan) -> None:
         location = self._engines.locate(record, DatabaseRole.OWNER)
@@ -130,9 +129,9 @@ class Upgrader:
         location = self._engines.locate(record, DatabaseRole.OWNER)
         if location.server.backend != SQLITE:
             return
-        with self._engines.passing(record, DatabaseRole.OWNER, Work.BACKGROUND) as engine, engine.connect() as connection:
-            behind = current_revision(connection) != self._target
-        if behind:  # a copy of what was migrated already would take the place of the useful one
+        if (
+            found_revision(self._engines, record) != self._target
+        ):  # a copy of what was migrated already would take the place of the useful one
             backend(SQLITE).keep_copy(location)
 
     async def _in_child(self, record: TenantRecord, down: bool) -> tuple[str | None, str | None]:

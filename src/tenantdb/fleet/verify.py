@@ -11,7 +11,7 @@ from tenantdb.connections.engines import Engines
 from tenantdb.connections.ledger import Work
 from tenantdb.errors import describe
 from tenantdb.fleet.rollouts import run_loop
-from tenantdb.migrations.scripts import current_revision
+from tenantdb.migrations.tenants import found_revision
 from tenantdb.model import DatabaseRole
 from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
@@ -58,7 +58,7 @@ async def _ask(
     async def one(record: TenantRecord) -> str | None:
         location = engines.locate(record, DatabaseRole.OWNER)
         if location.server.backend != POSTGRESQL:
-            return await asyncio.to_thread(_open_and_look, engines, record)
+            return await asyncio.to_thread(found_revision, engines, record)
         query = f"SELECT version_num FROM {version_table}"
         rows = await backend(location.server.backend).send_script(location, settings, query)
         return str(rows[0][0]) if rows else None
@@ -88,8 +88,3 @@ async def _ask(
                 free()
 
     await asyncio.gather(*(work(queue, -2 - index) for queue in waiting.values() for index in range(min(concurrency, len(queue)))))
-
-
-def _open_and_look(engines: Engines, record: TenantRecord) -> str | None:
-    with engines.passing(record, DatabaseRole.OWNER, Work.BACKGROUND) as engine, engine.connect() as connection:
-        return current_revision(connection)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,13 @@ class Scripts:
 
     def knows(self, revision: str) -> bool:
         """Whether a revision is one of these scripts'. Raises: as the constructor says."""
+        return revision in self.revisions()
+
+    def revisions(self) -> frozenset[str]:
+        """The ids of all of them. Raises: as the constructor says."""
         with alembic_lock, as_migration_error():
             scripts = ScriptDirectory.from_config(self.config())
-            return any(script.revision == revision for script in scripts.walk_revisions())
+            return frozenset(script.revision for script in scripts.walk_revisions())
 
     def upgrade(self, engine: Engine, revision: str = "head") -> str | None:
         """Bring a database to a revision, through the application's ``env.py``, and return what it is at then.
@@ -76,13 +80,7 @@ class Scripts:
         On PostgreSQL and SQLite a migration that raises leaves nothing of itself behind. May run again. Raises: `MigrationError` where the
         script location is unusable or its ``env.py`` migrated something else; what a migration raises passes through unchanged.
         """
-        config = self.config()
-        with alembic_lock, engine.connect() as connection:
-            config.attributes[CONNECTION] = connection
-            with as_migration_error():
-                command.upgrade(config, revision)
-            connection.rollback()
-            found = current_revision(connection)
+        found = self._run(command.upgrade, engine, revision)
         if revision == "head" and found != self.head:
             raise MigrationError(
                 f"the script location {self._location!r} left the database at {found!r} instead of {self.head!r}:"
@@ -92,21 +90,19 @@ class Scripts:
 
     def downgrade(self, engine: Engine, revision: str) -> str | None:
         """Bring a database back to an earlier revision, ``base`` for an empty one, and return what it is at then. Raises: as `upgrade`."""
-        config = self.config()
-        with alembic_lock, engine.connect() as connection:
-            config.attributes[CONNECTION] = connection
-            with as_migration_error():
-                command.downgrade(config, revision)
-            connection.rollback()
-            return current_revision(connection)
+        return self._run(command.downgrade, engine, revision)
 
     def stamp(self, engine: Engine, revision: str) -> str | None:
         """Write down in a database that it is at a revision, without migrating it, and return what it says then. Raises: as `upgrade`."""
+        return self._run(command.stamp, engine, revision)
+
+    def _run(self, what: Callable[[Config, str], None], engine: Engine, revision: str) -> str | None:
+        """One of Alembic's commands on a database; returns the revision that it is at then."""
         config = self.config()
         with alembic_lock, engine.connect() as connection:
             config.attributes[CONNECTION] = connection
             with as_migration_error():
-                command.stamp(config, revision)
+                what(config, revision)
             connection.rollback()
             return current_revision(connection)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy.engine import Dialect
 
 from tenantdb.errors import MigrationError, describe
 from tenantdb.migrations.guard import VersionTable, guard
@@ -33,14 +32,14 @@ class SQLPlan:
     version_table: VersionTable | None = None
 
 
-def render(local: LocalScripts, current: str | None, target: str | None, dialect: Dialect | str) -> SQLPlan:
-    """What the migrations from one revision to another send; ``dialect``, or its name, is PostgreSQL's.
+def render(local: LocalScripts, current: str | None, target: str | None, dialect: str) -> SQLPlan:
+    """What the migrations from one revision to another send; ``dialect`` is PostgreSQL's name, or there is a problem.
 
     Why they cannot be rendered is in the plan's ``problem``. Raises: `MigrationError` for a path that is none.
     """
     steps = local.path(current, target)
     aim = local.resolve(target)
-    problem = local.problem or _problem(local, steps, dialect if isinstance(dialect, str) else dialect.name)
+    problem = local.problem or _problem(local, steps, dialect)
     if problem is not None:
         return SQLPlan(current, aim, problem=problem)
     try:
@@ -99,18 +98,16 @@ _ASKS_A_DATABASE = frozenset(
 class _Rendering:
     """What Alembic's offline mode says, statement by statement."""
 
-    def __init__(self, local: LocalScripts, steps: tuple[Step, ...], current: str | None, dialect: Dialect | str) -> None:
+    def __init__(self, local: LocalScripts, steps: tuple[Step, ...], current: str | None, dialect: str) -> None:
         self.statements: list[str] = []
         self.problem: str | None = None
         self._local, self._steps = local, steps
         self._written: list[str] = []
-        name = dialect if isinstance(dialect, str) else dialect.name
-        driver = "psycopg" if isinstance(dialect, str) else dialect.driver
         given = {"fn": self._alembic_steps, "as_sql": True, "starting_rev": current}
         self._environment = local.environment(
-            name,
+            dialect,
             given=given,
-            url=f"{name}+{driver}://",
+            url=f"{dialect}+psycopg://",
             dialect_opts={"paramstyle": "named"},  # with the driver's own, percent signs would be doubled
             literal_binds=True,
             output_buffer=self,
@@ -120,8 +117,6 @@ class _Rendering:
         setattr(self._context.dialect, "_backslash_escapes", False)  # noqa: B010
         self.table = VersionTable.of(self._context)
         rendering = self._context.dialect
-        if not isinstance(dialect, str):
-            rendering.server_version_info = dialect.server_version_info
         rendering.statement_compiler = _strict(rendering.statement_compiler)
         rendering.ddl_compiler = _strict(rendering.ddl_compiler)
 

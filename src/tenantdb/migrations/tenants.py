@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 from sqlalchemy.engine import Connection
 
-from tenantdb.backends import backend
 from tenantdb.connections.engines import Engines
+from tenantdb.connections.ledger import Work
 from tenantdb.errors import MigrationError
 from tenantdb.migrations.scripts import Scripts, current_revision
 from tenantdb.model import DatabaseRole, Tenant, TenantState
 from tenantdb.registry import Registry
+from tenantdb.registry.records import TenantRecord
 from tenantdb.resolvers import tenant_key
 from tenantdb.settings import Settings
 
@@ -74,10 +75,14 @@ class TenantMigrations:
     @contextmanager
     def scratch_connection(self) -> Iterator[Connection]:
         """See `tenantdb.migrations.env.Databases`. Raises: `MigrationError` where this process may not create databases."""
-        provisioners = self._settings.provisioners
-        if not provisioners:
+        name = next(iter(self._settings.provisioners), None)
+        if name is None:
             raise MigrationError("autogenerate compares with a scratch database, and this process has no provisioner; give server=...")
-        name, url = next(iter(provisioners.items()))
-        server = self._registry.servers.get(name)
-        with backend(server.backend).scratch_engine(server, url, self._settings) as engine, engine.connect() as connection:
+        with self._engines.scratch(self._registry.servers.get(name)) as engine, engine.connect() as connection:
             yield connection
+
+
+def found_revision(engines: Engines, record: TenantRecord) -> str | None:
+    """At which revision a tenant is, by its database's own word. In the background class of the budget."""
+    with engines.passing(record, DatabaseRole.OWNER, Work.BACKGROUND) as engine, engine.connect() as connection:
+        return current_revision(connection)

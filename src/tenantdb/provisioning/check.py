@@ -172,7 +172,7 @@ def _compatible(settings: Settings) -> list[Finding]:
 
     scripts = Scripts(settings.migrations)
     try:
-        head, unknown = scripts.head, [revision for revision in window if not scripts.knows(revision)]
+        head, known = scripts.head, scripts.revisions()
     except MigrationError as error:
         return [Finding(Severity.PROBLEM, "migrations", error.explain())]
     findings = []
@@ -181,6 +181,7 @@ def _compatible(settings: Settings) -> list[Finding]:
         findings.append(Finding(Severity.PROBLEM, "migrations", text))
     findings += [
         Finding(Severity.WARNING, "migrations", f"compatible_revisions names {revision!r}, which the migrations do not know")
-        for revision in unknown
+        for revision in window
+        if revision not in known
     ]
     return findings

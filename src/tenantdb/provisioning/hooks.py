@@ -61,7 +61,7 @@ class Hooks:
 
     def has_before(self, *verbs: str) -> bool:
         """Whether anybody wants to be asked first."""
-        return any(self._hooks[f"before_{verb}"] for verb in verbs)
+        return self.wants(*(f"before_{verb}" for verb in verbs))
 
     def on(self, event: str) -> Callable[[S], S]:
         """Register a function for an event. Raises: `ConfigError` for an event that does not exist."""
@@ -87,24 +87,19 @@ class Hooks:
             hook(tenant)
 
     def after(self, verb: str, tenant: Tenant) -> None:
-        for hook in self._hooks[f"after_{verb}"]:
-            try:
-                hook(tenant)
-            except Exception as error:
-                told = describe_with_frames(error)
-                logger.error("the after_%s hook %r failed for tenant %s; the change stands. %s", verb, _name_of(hook), tenant.id, told)
+        self.tell(f"after_{verb}", tenant, f" for tenant {tenant.id}; the change stands")
 
     def wants(self, *events: str) -> bool:
         """Whether anybody listens to one of these."""
         return any(self._hooks[event] for event in events)
 
-    def tell(self, event: str, subject: Any) -> None:
-        """Call everybody who listens; whoever raises is logged, and nothing comes of it."""
+    def tell(self, event: str, subject: Any, aftermath: str = "; what it was told of goes on") -> None:
+        """Call everybody who listens; whoever raises is logged, with the ``aftermath``, and nothing comes of it."""
         for hook in self._hooks[event]:
             try:
                 hook(subject)
             except Exception as error:
-                logger.error("the %s hook %r failed; what it was told of goes on. %s", event, _name_of(hook), describe_with_frames(error))
+                logger.error("the %s hook %r failed%s. %s", event, _name_of(hook), aftermath, describe_with_frames(error))
 
 
 def _name_of(hook: Hook) -> str:
