@@ -141,8 +141,11 @@ def test_and_so_does_a_task(monkeypatch: pytest.MonkeyPatch, *, waits: bool) -> 
     template = create_async_engine("sqlite+aiosqlite://").sync_engine
     initialize = template.dialect.initialize
 
+    under_way, go_on = asyncio.Event(), asyncio.Event()
+
     def slow(connection: Connection) -> None:
-        await_only(asyncio.sleep(0.2))
+        under_way.set()
+        await_only(go_on.wait())
         initialize(connection)
 
     monkeypatch.setattr(template.dialect, "initialize", slow)
@@ -159,7 +162,13 @@ def test_and_so_does_a_task(monkeypatch: pytest.MonkeyPatch, *, waits: bool) -> 
             return hasattr(template.dialect, "default_isolation_level")
 
     async def both() -> list[bool]:
-        return await asyncio.gather(connect(), connect())
+        first = asyncio.create_task(connect())
+        await asyncio.wait_for(under_way.wait(), 30)
+        second = asyncio.create_task(connect())
+        done, _ = await asyncio.wait([second], timeout=0.2 if waits else 30)
+        assert bool(done) is not waits
+        go_on.set()
+        return [await first, await second]
 
     assert asyncio.run(both()) == [True, waits]
 
