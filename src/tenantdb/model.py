@@ -94,7 +94,8 @@ class Tenant:
     says why a failed tenant failed. ``fence`` tells whether the server refuses a tenant that is suspended or deleted already, or is about
     to. A deleted tenant can be restored until ``purge_after``, and under a ``legal_hold`` (its reason) it cannot be purged.
     ``adopted_from`` is the role that owned the database before `TenantDB.adopt`. A spare, and what is left of a purged tenant, have
-    neither slug nor name; their ``slug`` reads as the id. ``ready_at`` says since when a spare may be taken. Times are aware, in UTC.
+    neither slug nor name; their ``slug`` reads as the id. ``ready_at`` says since when a spare may be taken. Access tokens issued before
+    ``tokens_valid_from`` are refused. Times are aware, in UTC.
     """
 
     id: UUID
@@ -125,6 +126,7 @@ class Tenant:
     purged_at: datetime | None = None
     legal_hold: str | None = None
     adopted_from: str | None = None
+    tokens_valid_from: datetime | None = None
 
     @property
     def servable(self) -> bool:

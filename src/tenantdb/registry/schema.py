@@ -18,9 +18,9 @@ from tenantdb.registry import tables
 from tenantdb.registry.secrets import RUNTIME, Keyring
 from tenantdb.registry.transactions import begin, mapped_errors
 
-OLDEST = "0003"
+OLDEST = "0004"
 """The oldest stored revision that this code can work with."""
-NEWEST = "0003"
+NEWEST = "0004"
 """The revision that `upgrade` brings a registry to."""
 OLDEST_READER = "0001"
 """The oldest code that can work with a registry at NEWEST: the highest NEWEST of a code that cannot, plus one."""

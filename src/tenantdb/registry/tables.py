@@ -138,6 +138,7 @@ tenants = Table(
     Column("owner_secret_pending", LargeBinary),
     Column("runtime_secret_pending", LargeBinary),
     Column("certificate", Document),
+    Column("tokens_valid_from", Moment),
     UniqueConstraint("server_id", "database"),
 )
 
@@ -160,6 +161,7 @@ users = Table(
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
     Column("deleted_at", Moment),
+    Column("tokens_valid_from", Moment),
 )
 # In the database only among the living: the e-mail of a deleted user is free again. The condition stands in the history alone, because an
 # option of a dialect loads the dialect, and importing tenantdb would cost a quarter more.
@@ -183,6 +185,29 @@ refresh_tokens = Table(
     Column("tenant_id", Uuid, ForeignKey("tenantdb_tenants.id")),
     Column("expires_at", Moment, nullable=False),
     Column("created_at", Moment, nullable=False),
+)
+
+domains = Table(
+    "tenantdb_domains",
+    metadata,
+    Column("domain", String(253), primary_key=True),
+    Column("tenant_id", Uuid, ForeignKey("tenantdb_tenants.id"), nullable=False, index=True),
+    Column("created_at", Moment, nullable=False),
+)
+
+revocations = Table(
+    "tenantdb_revocations",
+    metadata,
+    Column("jti", Text, primary_key=True),
+    Column("expires_at", Moment, nullable=False, index=True),  # of the token: afterwards there is nothing left to revoke
+    Column("created_at", Moment, nullable=False, index=True),
+)
+
+rates = Table(
+    "tenantdb_rates",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("until", Moment, nullable=False, index=True),  # the moment up to which what was asked for is paid: see tenantdb.registry.rates
 )
 
 audit = Table(
@@ -310,7 +335,7 @@ VERSION_TABLE = "tenantdb_alembic_version"
 
 _TENANT_LIFE = (
     "slug name email phone country state plan subscription subscription_expires_at metadata version generation reason updated_at deleted_at"
-    " fence ready_at purge_after created_at"
+    " fence ready_at purge_after created_at tokens_valid_from"
 ).split()
 _JOURNAL = "state step started attempt worker lease_until error updated_at".split()
 
@@ -324,6 +349,9 @@ APP_COLUMNS: dict[Table, dict[str, list[str]]] = {
     users: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     memberships: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     refresh_tokens: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
+    domains: {"SELECT": [], "INSERT": [], "DELETE": []},
+    revocations: {"SELECT": [], "INSERT": [], "DELETE": []},
+    rates: {"SELECT": [], "INSERT": [], "UPDATE": [], "DELETE": []},
     audit_heads: {"SELECT": [], "INSERT": ["chain", "seq", "mac"], "UPDATE": ["seq", "mac"]},
     operations: {"SELECT": [], "INSERT": [column.name for column in operations.columns if column.name != "sanctioned"], "UPDATE": _JOURNAL},
     servers: {"SELECT": []},
