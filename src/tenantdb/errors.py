@@ -264,6 +264,20 @@ class TenantNotReady(TenantError):
         return f"tenant {self.tenant!r} is not ready: it is {self.state}. `tenantdb show {self.tenant}` says why"
 
 
+class SubscriptionExpired(TenantError):
+    """The tenant's subscription is past due or cancelled, and the application's policy refuses it then. Fact: ``subscription``."""
+
+    code = "subscription-expired"
+    http_status = 402
+
+    def __init__(self, tenant: str, subscription: str) -> None:
+        TenantDBError.__init__(self, tenant, subscription)
+        self.tenant, self.subscription = tenant, subscription
+
+    def explain(self) -> str:
+        return f"the subscription of tenant {self.tenant!r} is {self.subscription}; `tenantdb update {self.tenant} --subscription active`"
+
+
 class IllegalTransition(TenantError):
     """The tenant's state does not allow this, or changed meanwhile. Nothing was written. Facts: ``tenant``, ``state``, ``wanted``."""
 
@@ -402,6 +416,23 @@ class OperationInProgress(TenantError):
 
     def explain(self) -> str:
         return f"another process is at work on tenant {self.tenant!r}. Try again when it has finished; a dead one gives up its lease"
+
+
+class RateLimited(TenantDBError):
+    """Too many sign-ups, of one actor or of all, or too many that are not finished. Nothing was written. Facts: ``limit`` (in words),
+    ``retry_after`` (seconds)."""
+
+    code = "rate-limited"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, limit: str, retry_after: int) -> None:
+        super().__init__(limit, retry_after)
+        self.limit = limit
+        self.retry_after = retry_after  # type: ignore[misc]  # each has its own
+
+    def explain(self) -> str:
+        return f"too many sign-ups: {self.limit}. Try again in {self.retry_after} s"
 
 
 class NoServerAvailable(TenantDBError):
@@ -633,6 +664,24 @@ class TenantContextClosed(ContextError):
         )
 
 
+class CrossTenantError(ContextError):
+    """An object of one tenant was given to another tenant's session. Nothing was sent. Facts: ``kind`` (the class), ``owner`` (the id of
+    the tenant that it belongs to, None where that is not known), ``tenant`` (the id of the session's)."""
+
+    code = "cross-tenant"
+
+    def __init__(self, kind: str, owner: str | None, tenant: str) -> None:
+        super().__init__(kind, owner, tenant)
+        self.kind, self.owner, self.tenant = kind, owner, tenant
+
+    def explain(self) -> str:
+        whose = "is not known to belong to any tenant" if self.owner is None else f"belongs to tenant {self.owner}"
+        return (
+            f"this {self.kind} has a row in a database and {whose}; the session is on the database of tenant {self.tenant}."
+            " Load it in this session, or make a new object of its values"
+        )
+
+
 class NotATenantsSession(ContextError):
     """What tells of a tenant's records is written in a session on that tenant's database, and this is none. Fact: ``found``, its type."""
 
@@ -697,6 +746,38 @@ class NotAMember(AccessError):
 
     def __init__(self, problem: str = "the user is not a member of this tenant") -> None:
         super().__init__(problem)
+
+
+class TenantMismatch(AccessError):
+    """Two sources of a request name different tenants: its token, and its host, path or header."""
+
+    code = "tenant-mismatch"
+
+    def __init__(self, problem: str = "the request names another tenant than its credentials do") -> None:
+        super().__init__(problem)
+
+
+class TokenKeysUnavailable(TenantDBError):
+    """The keys that verify access tokens have never been fetched, so that nobody's token can be told from a forged one.
+    Fact: ``problem``."""
+
+    code = "token-keys-unavailable"
+    http_status = 503
+    retryable = True
+    retry_after = 5
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def explain(self) -> str:
+        return f"the keys of access tokens could not be fetched yet: {self.problem}"
+
+
+class TaskRefused(AccessError):
+    """A task was not executed: its tenant header is missing, forged, expired, or of another task."""
+
+    code = "task-refused"
 
 
 class RoleRequired(AccessError):

@@ -156,6 +156,8 @@ _FACES: Mapping[type[TenantDBError], _Face] = {
     errors.TenantNotFound: _Face("No such tenant"),
     errors.TenantExists: _Face("The name is taken"),
     errors.TenantSuspended: _Face("The tenant is suspended"),
+    errors.SubscriptionExpired: _Face("The tenant's subscription has expired"),
+    errors.RateLimited: _Face("Too many sign-ups"),
     errors.TenantNotReady: _Face("The tenant is not ready"),
     errors.IllegalTransition: _Face("The tenant's state does not allow this"),
     errors.OperationInProgress: _Face("Another operation on this tenant is in progress"),

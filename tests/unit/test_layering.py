@@ -24,7 +24,8 @@ LINE: tuple[tuple[str, ...], ...] = (
     ("provisioning",),
     ("fleet",),
     ("database", "aio"),
-    ("asgi", "fastapi", "cli", "testing"),
+    ("auth",),
+    ("asgi", "wsgi", "fastapi", "flask", "celery", "cli", "testing"),
 )
 PLACE = {component: place for place, components in enumerate(LINE) for component in components}
 ROOT = "__init__"  # the public names: imports from anywhere, and nothing inside imports it
