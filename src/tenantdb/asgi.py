@@ -1,60 +1,57 @@
-"""Which tenant a request runs for: an ASGI middleware, and the shipped answer to "who is asking".
+"""Which tenant a request runs for: an ASGI middleware.
 
 The middleware is a convenience, not the control: what lies behind it and asks for a session without a tenant gets `NoTenantBound`, however
 it came there. What it promises is the binding's life: from before the application is called until it has returned, which for ASGI means
 that the body has been sent, background tasks have run, or the client is gone. It opens no connection.
+
+A websocket outlives whatever was true when it was opened, so it is looked at again: every ``cache_ttl`` seconds, and at once when the
+registry tells that its tenant or its user has changed.
 """
 
 from __future__ import annotations
 
-import inspect
+import asyncio
 import json
 import logging
-import re
-import threading
-import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias
-from uuid import UUID
-
-from cachetools import LRUCache
 
 from tenantdb.aio import AsyncTenantDB
+from tenantdb.auth import ANONYMOUS, Authenticate, RegistryAuth, Visit
 from tenantdb.context import acting, bind, unbound
 from tenantdb.database import TenantDB
-from tenantdb.errors import AccessError, AuthenticationRequired, InvalidToken, NotAMember, TenantDBError, UserNotFound
-from tenantdb.model import Identity
-from tenantdb.requests import ExemptRoutes, Facts, Problem, bearer_token, check_path, host_name, problem_for
-from tenantdb.tokens import Tokens
+from tenantdb.errors import TenantDBError
+from tenantdb.model import Facts, Identity, Tenant
+from tenantdb.requests import Gate, Problem, host_name
+from tenantdb.resolvers import Resolver, TenantName
+
+__all__ = ["RegistryAuth", "TenantMiddleware"]
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-Authenticate: TypeAlias = Callable[[Facts], "Identity | Awaitable[Identity | None] | None"]
 
 log = logging.getLogger("tenantdb.requests")
-
-ANONYMOUS = "anonymous"  # who acts, for the audit log, where a request did not have to say
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)  # what may go into logs and the audit log as it is
 
 
 class TenantMiddleware:
     """Binds the tenant that a request's identity names, for as long as the application works on the request.
 
     ``db``: the `TenantDB` or its async view. ``authenticate(facts) -> Identity | None``, a function or a coroutine function that does not
-    block, such as `RegistryAuth`; None means that the request has no credentials. ``exempt``: routes that run without asking, and without a
-    tenant: see `ExemptRoutes`. ``required=False`` lets a request without credentials through, unbound.
+    block, such as `RegistryAuth`; None means that the request has no credentials. ``resolver``: what else names a tenant, such as
+    ``subdomain("clinic.example")``: it must agree with the identity's tenant. Without ``authenticate`` nobody is asked who he is, and the
+    resolver alone decides. ``exempt``: routes that run without asking, and without a tenant: see `ExemptRoutes`. ``required=False`` lets a
+    request without credentials through, unbound.
 
     In Starlette it goes in by ``app.add_middleware(TenantMiddleware, db=...)``: wrapped around the application from outside it does the
     same, but Starlette's own 500 then comes first where a route raises an error of tenantdb.
 
     A tenant that is unknown, suspended or not ready is refused whatever ``authenticate`` says. An error of tenantdb, raised here or by the
     application before its response has begun, becomes a problem document of its status; every other exception passes unchanged. A websocket
-    is refused before it is accepted. The application finds the tenant by ``current_tenant()`` and in ``request.state.tenant``, who asks in
-    ``request.state.identity``; both are None where there is none.
+    is refused before it is accepted, and closed (1008) when it would not be let in any more. The application finds the tenant by
+    ``current_tenant()`` and in ``request.state.tenant``, who asks in ``request.state.identity``; both are None where there is none.
     """
 
     def __init__(
@@ -62,20 +59,26 @@ class TenantMiddleware:
         app: ASGIApp,
         *,
         db: AsyncTenantDB | TenantDB,
-        authenticate: Authenticate,
+        authenticate: Authenticate | None = None,
+        resolver: Resolver | None = None,
         exempt: Iterable[str] = (),
         required: bool = True,
     ) -> None:
         self.app = app
-        self.db = db if isinstance(db, AsyncTenantDB) else AsyncTenantDB(db)
-        self.authenticate = authenticate
-        self.exempt = ExemptRoutes(exempt)
-        self.required = required
+        self.adb = db if isinstance(db, AsyncTenantDB) else AsyncTenantDB(db)
+        self.db = self.adb.sync_db
+        self.gate = Gate(exempt=exempt, resolver=resolver, required=required, authenticates=authenticate is not None)
+        self._start = getattr(authenticate, "start", None)
+        self._authenticate = getattr(authenticate, "acall", authenticate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        kind = scope["type"]
+        if kind not in ("http", "websocket"):
+            if kind == "lifespan":
+                await self._prepare(scope)
             await self.app(scope, receive, send)
             return
+        self.db.watch()
         begun = False
 
         async def watched(message: Message) -> None:
@@ -83,81 +86,123 @@ class TenantMiddleware:
             begun = True
             await send(message)
 
-        entry = Entry(self.db, facts_of(scope), self.authenticate, _source(scope))
+        visit = Visit(self.db, self.adb, self.gate, self._authenticate, facts_of(scope), _source(scope))
         try:
-            await self._serve(entry, scope, receive, watched)
+            await self._serve(visit, scope, receive, watched)
         except TenantDBError as error:
             if begun:
                 raise
-            await refuse(scope, send, entry.answer(error))
+            await refuse(scope, send, visit.answer(error))
 
-    async def _serve(self, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
-        facts = entry.facts
+    async def _prepare(self, scope: Scope) -> None:
+        """The application starts: fetch what its first requests need, and look whether middleware stands in a useful order."""
+        if self._start is not None:
+            await asyncio.to_thread(self._start)
+        order = [getattr(each, "cls", None) for each in getattr(scope.get("app"), "user_middleware", ())]
+        if type(self) in order and any(getattr(cls, "__name__", "") == "CORSMiddleware" for cls in order[order.index(type(self)) :]):
+            log.warning(
+                "CORSMiddleware stands behind TenantMiddleware: browsers are shown no refusal, and preflights are refused."
+                " Add CORSMiddleware after it, so that it stands before it"
+            )
+
+    async def _serve(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
+        facts = visit.facts
         # A dict of our own: a server may share the state's dict between requests.
         state = scope["state"] = {**scope.get("state", {}), "tenant": None, "identity": None}
-        scope["tenantdb"] = entry
+        scope["tenantdb"] = visit
         with unbound():  # even where the application is called from a block that has bound a tenant
-            check_path(scope["path"], scope.get("raw_path"))
-            entry.exempt = self.exempt.matches(facts.method, facts.path)
-            identity = None if entry.exempt else await entry.identify()
-            if identity is None:
-                if self.required and not entry.exempt:
-                    raise AuthenticationRequired
-                with acting(ANONYMOUS, entry.request_id, entry.source):
-                    await self.app(scope, receive, send)
-                return
-            state["identity"] = identity
-            with acting(identity.user, entry.request_id, entry.source):
-                if identity.tenant is None:
-                    await self.app(scope, receive, send)
+            raw = scope.get("raw_path")
+            visit.exempt = self.gate.exempts(facts, scope["path"], None if raw is None else raw.decode("latin-1"))
+            identity: Identity | None = None
+            names: tuple[TenantName, ...] = ()
+            if not visit.exempt:
+                identity = state["identity"] = await visit.aidentify()
+                names = self.gate.names(facts, identity)
+            with acting(ANONYMOUS if identity is None else identity.user, visit.request_id, visit.source):
+                if not names:
+                    await self._enter(visit, None, scope, receive, send)
                     return
-                tenant = await self.db.resolve(identity.tenant)
-                state["tenant"] = tenant
+                tenant = state["tenant"] = await visit.atenant(names)
                 with bind(tenant):
-                    await self.app(scope, receive, send)
+                    await self._enter(visit, tenant, scope, receive, send)
+
+    async def _enter(self, visit: Visit, tenant: Tenant | None, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" or visit.exempt:
+            await self.app(scope, receive, send)
+            return
+        socket = _Socket(visit, self._authenticate, tenant, receive, send)
+        try:
+            await self.app(scope, socket.receive, socket.send)
+        finally:
+            socket.close()
 
 
-@dataclass(eq=False)
-class Entry:
-    """What the middleware knows of one request, in ``scope["tenantdb"]``: for adapters that stand on this one."""
+class _Socket:
+    """A websocket's two ends, through which nothing passes any more when who opened it would not be let in again."""
 
-    db: AsyncTenantDB
-    facts: Facts
-    authenticate: Authenticate
-    source: str | None = None
-    exempt: bool = False
-    _asked: bool = False
-    _identity: Identity | None = field(default=None, repr=False)
+    def __init__(self, visit: Visit, authenticate: Any, tenant: Tenant | None, receive: Receive, send: Send) -> None:
+        self._visit = visit
+        self._authenticate = authenticate
+        self._tenant = tenant
+        self._receive = receive
+        self._send = send
+        self._every = visit.db.settings.cache_ttl
+        loop = asyncio.get_running_loop()
+        self._clock = loop.time
+        self._due = self._clock() + self._every
+        self._changed = asyncio.Event()
+        self._incoming: asyncio.Future[Message] | None = None
+        self._refused = False
+        identity = visit._identity
+        mine = {str(tenant.id) if tenant else "", identity.user if identity else ""} - {""}
 
-    async def identify(self) -> Identity | None:
-        """Who makes the request; asked once. On an exempt route nobody has asked before somebody calls this."""
-        if not self._asked:
-            self._asked = True
-            found = self.authenticate(self.facts)
-            self._identity = await found if inspect.isawaitable(found) else found
-        return self._identity
+        def changed(kind: str, *ids: object) -> None:  # in the thread that heard of it
+            if not ids or mine.intersection(map(str, ids)):
+                loop.call_soon_threadsafe(self._changed.set)
 
-    @property
-    def request_id(self) -> str | None:
-        """The client's or proxy's ``X-Request-ID``, if it is fit for a log."""
-        given = self.facts.headers.get("x-request-id", "")
-        return given if _REQUEST_ID.fullmatch(given) else None
+        self._unsubscribe = visit.db._registry.changes.subscribe(changed)
 
-    def answer(self, error: TenantDBError) -> Problem:
-        """What the client is told of an error, after the log has been told more, and the audit log that somebody was refused."""
-        problem = problem_for(error, identity_asked=self._asked)
-        if problem.status in (401, 403):
-            identity = self._identity
-            who, tenant = (ANONYMOUS, None) if identity is None else (identity.user, identity.tenant)
-            self.db.sync_db.audit.refused(error.code, tenant, actor=who)
-        method, path = self.facts.method, self.facts.path
-        if problem.status == 500:  # a bug in the application, which the client is not told of
-            log.error("%s %r: %s", method, path, error, exc_info=error)
-        elif problem.status > 500:
-            log.warning("%s %r: %s", method, path, error)
-        else:  # what the client sent may be personal, so only why it may not is told
-            log.info("%s %r: %d %s", method, path, problem.status, error if isinstance(error, AccessError) else error.code)
-        return problem
+    async def receive(self) -> Message:
+        """The next message; while waiting for it the socket is looked at again whenever that is due."""
+        incoming = self._incoming = self._incoming or asyncio.ensure_future(self._receive())
+        while True:
+            if not await self._still_welcome():
+                return {"type": "websocket.disconnect", "code": 1008}
+            if incoming.done():
+                self._incoming = None
+                return incoming.result()
+            woken = asyncio.ensure_future(self._changed.wait())
+            either: set[asyncio.Future[Any]] = {incoming, woken}
+            try:
+                await asyncio.wait(either, timeout=max(0.0, self._due - self._clock()), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                woken.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Raises: `OSError` where the socket was closed, as ASGI asks of a server for whoever sends after a disconnect."""
+        if not await self._still_welcome():
+            raise OSError("the websocket was closed: who opened it would not be let in any more")
+        await self._send(message)
+
+    async def _still_welcome(self) -> bool:
+        if self._refused:
+            return False
+        if not self._changed.is_set() and self._clock() < self._due:
+            return True
+        self._changed.clear()
+        try:
+            await self._visit.again(self._authenticate, self._tenant)
+        except TenantDBError as error:
+            self._refused = True
+            await _close(self._send, self._visit.answer(error))
+            return False
+        self._due = self._clock() + self._every
+        return True
+
+    def close(self) -> None:
+        self._unsubscribe()
+        if self._incoming is not None:
+            self._incoming.cancel()
 
 
 def facts_of(scope: Scope) -> Facts:
@@ -172,11 +217,11 @@ def facts_of(scope: Scope) -> Facts:
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
         path = path[len(root) :]
     return Facts(
-        scheme=scope.get("scheme", "http"),
-        host=host_name(headers.get("host", "")),
-        path=path,
-        method=scope.get("method", "GET"),  # a websocket begins as a GET
-        headers=headers,
+        scope.get("scheme", "http"),
+        host_name(headers.get("host", "")),
+        path,
+        scope.get("method", "GET"),  # a websocket begins as a GET
+        headers,
     )
 
 
@@ -188,9 +233,8 @@ def _source(scope: Scope) -> str | None:
 
 async def refuse(scope: Scope, send: Send, problem: Problem) -> None:
     """Answer a request whose response has not begun."""
-    if scope["type"] == "websocket":
-        # Closed before it is accepted, so the server answers the handshake with 403. Codes: policy violation, internal error, try later.
-        await send({"type": "websocket.close", "code": {500: 1011, 503: 1013}.get(problem.status, 1008), "reason": problem.body["code"]})
+    if scope["type"] == "websocket":  # before it is accepted, so the server answers the handshake with 403
+        await _close(send, problem)
         return
     body = json.dumps(problem.body).encode()
     headers = {**problem.headers, "content-length": str(len(body))}
@@ -199,86 +243,6 @@ async def refuse(scope: Scope, send: Send, problem: Problem) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-# -- who is asking ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Standing:
-    """What the registry said of a user in a tenant, and when it was asked."""
-
-    asked_at: float
-    user_exists: bool
-    role: str | None
-
-
-class RegistryAuth:
-    """An ``authenticate`` function for applications whose users are in the registry: a bearer token says who, the registry says whether.
-
-    A good signature is not enough: the user must exist, and be a member of the token's tenant; the role is the membership's, whatever the
-    token says. Answers are believed for ``settings.cache_ttl`` seconds from the moment of asking, at most ``settings.cache_size`` of them.
-    A token without a tenant gives an identity without one.
-
-    Raises, when called: `InvalidToken` for a bad token or a deleted user, `NotAMember`, `RegistryUnavailable`.
-    """
-
-    def __init__(self, tokens: Tokens, db: AsyncTenantDB | TenantDB, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tokens = tokens
-        self._db = db if isinstance(db, AsyncTenantDB) else AsyncTenantDB(db)
-        self._clock = clock
-        settings = self._db.sync_db.settings
-        self._ttl = settings.cache_ttl
-        self._lock = threading.Lock()  # event loops of several threads may share one application
-        self._known: LRUCache[tuple[UUID, UUID | None], _Standing] = LRUCache(settings.cache_size)
-
-    async def __call__(self, facts: Facts) -> Identity | None:
-        token = bearer_token(facts)
-        if token is None:
-            return None
-        claims = self._tokens.verify(token)
-        user, tenant = _user_id(claims), _tenant_id(claims, self._tokens.claim)
-        standing = await self._standing(user, tenant)
-        if not standing.user_exists:
-            raise InvalidToken("the token's user does not exist any more")
-        if tenant is not None and standing.role is None:
-            raise NotAMember
-        return Identity(str(user), tenant, standing.role, claims)
-
-    async def _standing(self, user: UUID, tenant: UUID | None) -> _Standing:
-        now = self._clock()
-        with self._lock:
-            known = self._known.get((user, tenant))
-        if known is not None and now - known.asked_at < self._ttl:
-            return known
-        found = await self._ask(user, tenant, now)
-        with self._lock:
-            self._known[user, tenant] = found
-        return found
-
-    async def _ask(self, user: UUID, tenant: UUID | None, now: float) -> _Standing:
-        db = self._db.sync_db
-        ask = db._lookups.run  # not the threads for management, behind whose migrations a request would wait
-        if tenant is not None:
-            try:
-                membership = await ask(db.memberships.get, user, tenant)
-                return _Standing(now, True, str(membership.role))
-            except NotAMember:
-                pass  # of this tenant, or of any: a deleted user is a member of nothing
-        try:
-            await ask(db.users.get, user)
-        except UserNotFound:
-            return _Standing(now, False, None)
-        return _Standing(now, True, None)
-
-
-def _user_id(claims: Mapping[str, Any]) -> UUID:
-    try:
-        user = UUID(claims["sub"])
-        if str(user) == claims["sub"]:  # another spelling would be another user to whoever keys by the text
-            return user
-    except ValueError:
-        pass
-    raise InvalidToken("the token's user is not one of the registry's")
-
-
-def _tenant_id(claims: Mapping[str, Any], claim: str) -> UUID | None:
-    return UUID(claims[claim]) if claim in claims else None
+async def _close(send: Send, problem: Problem) -> None:
+    """Close a websocket. Codes: policy violation, internal error, try again later (RFC 6455, 7.4.1, and its registry at IANA)."""
+    await send({"type": "websocket.close", "code": {500: 1011, 503: 1013}.get(problem.status, 1008), "reason": problem.body["code"]})

@@ -24,29 +24,39 @@ from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection, Request
 
 from tenantdb.aio import AsyncTenantDB
-from tenantdb.asgi import Authenticate, Entry, TenantMiddleware
+from tenantdb.asgi import TenantMiddleware
+from tenantdb.auth import Authenticate, Visit
 from tenantdb.context import current_tenant
 from tenantdb.errors import AuthenticationRequired, ConfigError, NotAMember, RoleRequired, TenantDBError
 from tenantdb.model import Identity, MemberRole, Tenant
 from tenantdb.requests import ExemptRoutes
+from tenantdb.resolvers import Resolver
 
 _BEARER = "bearer"  # the security scheme's name in the OpenAPI document
 
 
-def install(app: FastAPI, adb: AsyncTenantDB, *, authenticate: Authenticate, exempt: Iterable[str] = (), required: bool = True) -> None:
+def install(
+    app: FastAPI,
+    adb: AsyncTenantDB,
+    *,
+    authenticate: Authenticate | None = None,
+    resolver: Resolver | None = None,
+    exempt: Iterable[str] = (),
+    required: bool = True,
+) -> None:
     """Route the requests of ``app`` to their tenants. Call it once, before the application starts.
 
     Adds `TenantMiddleware` with these arguments, answers errors of tenantdb with problem documents, puts ``adb`` into
-    ``app.state.tenantdb``, exempts the documentation's own routes, and describes the bearer token in the OpenAPI document, so that the
-    Authorize button of ``/docs`` works. Middleware added later stands outside: add ``CORSMiddleware`` after this call, so that refusals
+    ``app.state.tenantdb``, exempts the documentation's own routes, and describes the bearer token and the problem documents in the OpenAPI
+    document, so that the Authorize button of ``/docs`` works. Middleware added later stands outside: add ``CORSMiddleware`` after this call, so that refusals
     carry its headers and preflights never get here.
     """
     documentation = [app.docs_url, app.redoc_url, app.openapi_url, app.swagger_ui_oauth2_redirect_url if app.docs_url else None]
     routes = [*exempt, *(f"GET {path}" for path in documentation if path)]
     app.state.tenantdb = adb
-    app.add_middleware(TenantMiddleware, db=adb, authenticate=authenticate, exempt=routes, required=required)
+    app.add_middleware(TenantMiddleware, db=adb, authenticate=authenticate, resolver=resolver, exempt=routes, required=required)
     app.add_exception_handler(TenantDBError, problem_response)
-    _describe_bearer(app, ExemptRoutes(routes), required=required)
+    _describe(app, ExemptRoutes(routes), authenticates=authenticate is not None, required=required)
 
 
 async def problem_response(request: Request, error: Exception) -> JSONResponse:
@@ -54,21 +64,55 @@ async def problem_response(request: Request, error: Exception) -> JSONResponse:
     ``FastAPI(exception_handlers={TenantDBError: problem_response})``."""
     if not isinstance(error, TenantDBError) or request.scope["type"] != "http":
         raise error  # a websocket: the middleware closes it
-    problem = _entry(request).answer(error)
+    problem = _visit(request).answer(error)
     return JSONResponse(dict(problem.body), problem.status, dict(problem.headers))
 
 
-def _describe_bearer(app: FastAPI, exempt: ExemptRoutes, *, required: bool) -> None:
+_PROBLEM = {
+    "title": "Problem",
+    "description": "What went wrong, after RFC 9457.",
+    "type": "object",
+    "required": ["type", "title", "status", "code"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "code": {"type": "string"},
+        "detail": {"type": "string"},
+    },
+}
+_REFUSALS = {
+    "401": "No credentials, or none that hold",
+    "402": "The tenant's subscription has expired",
+    "403": "No access to this tenant",
+    "404": "No such tenant",
+    "503": "The tenant cannot be served now; try again after `Retry-After` seconds",
+}
+
+
+def _describe(app: FastAPI, exempt: ExemptRoutes, *, authenticates: bool, required: bool) -> None:
+    """Have the OpenAPI document tell what the middleware does to every route that is not exempt, where a route tells nothing else."""
     describe = app.openapi
     scheme = jsonable_encoder(_identity.model, exclude_none=True)
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/TenantProblem"}}}
+    refusals = {
+        code: {"description": said, "content": content} for code, said in _REFUSALS.items() if authenticates or code not in ("401",)
+    }
+    if authenticates:
+        del refusals["404"]  # whoever signs in is told 403, whether there is such a tenant or not
 
     def openapi() -> dict[str, Any]:
         schema = describe()
-        schema.setdefault("components", {}).setdefault("securitySchemes", {})[_BEARER] = scheme
+        components = schema.setdefault("components", {})
+        components.setdefault("schemas", {})["TenantProblem"] = _PROBLEM
+        if authenticates:
+            components.setdefault("securitySchemes", {})[_BEARER] = scheme
         for path, operations in schema.get("paths", {}).items():
             for method, operation in operations.items():
                 if isinstance(operation, dict) and not exempt.matches(method.upper(), path):
-                    operation.setdefault("security", [{_BEARER: []}] if required else [{_BEARER: []}, {}])
+                    operation["responses"] = {**refusals, **operation.get("responses", {})}
+                    if authenticates:
+                        operation.setdefault("security", [{_BEARER: []}] if required else [{_BEARER: []}, {}])
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI's manual shows
@@ -77,21 +121,25 @@ def _describe_bearer(app: FastAPI, exempt: ExemptRoutes, *, required: bool) -> N
 # -- dependencies ----------------------------------------------------------------------------------------------------------------------
 
 
-def _entry(connection: HTTPConnection) -> Entry:
-    entry = connection.scope.get("tenantdb")
-    if not isinstance(entry, Entry):
+def _visit(connection: HTTPConnection) -> Visit:
+    visit = connection.scope.get("tenantdb")
+    if not isinstance(visit, Visit):
         raise ConfigError("no TenantMiddleware stands before this route; call tenantdb.fastapi.install(app, adb, authenticate=...)")
-    return entry
+    return visit
+
+
+def _adb(connection: HTTPConnection) -> AsyncTenantDB:
+    adb = _visit(connection).adb
+    assert adb is not None  # of an ASGI middleware
+    return adb
 
 
 async def _tenant(connection: HTTPConnection) -> Tenant:
-    entry = _entry(connection)
-    if not entry.exempt:
-        identity = await entry.identify()
-        if identity is None:
+    visit = _visit(connection)
+    if not visit.exempt and connection.scope["state"]["tenant"] is None:
+        if await visit.aidentify() is None:
             raise AuthenticationRequired
-        if identity.tenant is None:
-            raise NotAMember("the token names no tenant")
+        raise NotAMember("the token names no tenant")
     return current_tenant()
 
 
@@ -103,7 +151,7 @@ class _Bearer(SecurityBase):
         self.scheme_name = _BEARER
 
     async def __call__(self, connection: HTTPConnection) -> Identity:
-        identity = await _entry(connection).identify()
+        identity = await _visit(connection).aidentify()
         if identity is None:
             raise AuthenticationRequired
         return identity
@@ -122,22 +170,22 @@ CurrentIdentity = Annotated[Identity, Depends(_identity)]
 
 
 async def _async_session(connection: HTTPConnection, _tenant: CurrentTenant) -> AsyncIterator[AsyncSession]:
-    async with _entry(connection).db.session() as session:
+    async with _adb(connection).session() as session:
         yield session
 
 
 async def _async_transaction(connection: HTTPConnection, _tenant: CurrentTenant) -> AsyncIterator[AsyncSession]:
-    async with _entry(connection).db.begin() as session:
+    async with _adb(connection).begin() as session:
         yield session
 
 
 def _session(connection: HTTPConnection, _tenant: CurrentTenant) -> Iterator[Session]:
-    with _entry(connection).db.sync_db.session() as session:
+    with _visit(connection).db.session() as session:
         yield session
 
 
 def _transaction(connection: HTTPConnection, _tenant: CurrentTenant) -> Iterator[Session]:
-    with _entry(connection).db.sync_db.begin() as session:
+    with _visit(connection).db.begin() as session:
         yield session
 
 

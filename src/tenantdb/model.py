@@ -375,6 +375,33 @@ class BudgetStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """What a request says about itself: all that ``authenticate`` functions and resolvers may decide by.
+
+    ``scheme`` is http, https, ws or wss; ``host`` lower case, without port; ``path`` what the router sees, decoded and without the root
+    path; ``headers`` have lower-case names, and a header that was sent twice holds both values, joined as RFC 9110 says. ``claims`` are
+    those of verified credentials: empty for an ``authenticate`` function, which is still about to verify them.
+    """
+
+    scheme: str
+    host: str
+    path: str
+    method: str
+    headers: Mapping[str, str]
+    claims: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cookies(self) -> Mapping[str, str]:
+        """The cookies by name; of two with one name the first, which is the one with the more specific path (RFC 6265, 5.4)."""
+        found: dict[str, str] = {}
+        for pair in self.headers.get("cookie", "").split(";"):
+            name, separator, value = pair.partition("=")
+            if separator:
+                found.setdefault(name.strip(), value.strip())
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """Who makes a request, as the application's ``authenticate`` found out.
 

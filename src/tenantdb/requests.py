@@ -5,45 +5,33 @@ Pure, and the one brain of every adapter, so that two web frameworks cannot answ
 1. A path that two programs may read differently (``//``, dot segments, encoded separators) is refused before anything is decided by it.
 2. Exempt means: exactly this path, or below this path at a segment boundary, as the *router* sees it, and in its letter case.
 3. What a client reads says nothing about tenants it has no access to: an unknown, a foreign and a deleted one give the same bytes.
+4. Where somebody signs in, the credentials decide which tenant is bound. Host, path and header can agree, or the request is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
+from uuid import UUID
 
 from tenantdb import errors
-from tenantdb.errors import ConfigError, InvalidPath, InvalidToken, TenantDBError
+from tenantdb.errors import (
+    AuthenticationRequired,
+    ConfigError,
+    InvalidPath,
+    InvalidTenantKey,
+    InvalidToken,
+    TenantDBError,
+    TenantMismatch,
+    TenantNotFound,
+)
+from tenantdb.model import Facts, Identity, Tenant
+from tenantdb.resolvers import Domain, Resolver, TenantName, names_of, tenant_key
 
 _RETRY_AFTER = 30  # seconds, where an error that a client may try again after does not know better
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What an ``authenticate`` function may decide by.
-
-    ``scheme`` is http, https, ws or wss; ``host`` lower case, without port; ``path`` what the router sees, decoded and without the root
-    path; ``headers`` have lower-case names, and a header that was sent twice holds both values, joined as RFC 9110 says.
-    """
-
-    scheme: str
-    host: str
-    path: str
-    method: str
-    headers: Mapping[str, str]
-
-    @property
-    def cookies(self) -> Mapping[str, str]:
-        """The cookies by name; of two with one name the first, which is the one with the more specific path (RFC 6265, 5.4)."""
-        found: dict[str, str] = {}
-        for pair in self.headers.get("cookie", "").split(";"):
-            name, separator, value = pair.partition("=")
-            if separator:
-                found.setdefault(name.strip(), value.strip())
-        return found
 
 
 def host_name(header: str) -> str:
@@ -72,17 +60,15 @@ def bearer_token(facts: Facts) -> str | None:
 _AMBIGUOUS = re.compile(r"//|\\|[\x00-\x1f\x7f]|%(?:2f|5c|[01][0-9a-f]|7f)|/(?:\.|%2e){1,2}(?=/|;|%3b|\Z)", re.ASCII | re.IGNORECASE)
 
 
-def check_path(path: str, raw_path: bytes | None) -> None:
+def check_path(path: str, raw_path: str | None) -> None:
     """Refuse a path that programs read differently. ``path`` is decoded, ``raw_path`` as it was sent, where the server tells.
 
     Both are searched for encoded characters, so that what a second decoding would reveal is refused too. Raises: `InvalidPath`.
     """
     if not path.startswith("/") or _AMBIGUOUS.search(path):
         raise InvalidPath
-    if raw_path is not None:
-        sent = raw_path.decode("latin-1")
-        if sent != path and (not sent.startswith("/") or _AMBIGUOUS.search(sent)):
-            raise InvalidPath
+    if raw_path is not None and raw_path != path and (not raw_path.startswith("/") or _AMBIGUOUS.search(raw_path)):
+        raise InvalidPath
 
 
 _PATTERN = re.compile(r"(?:(?P<method>[A-Z]+) )?(?P<segments>(?:/[^/*\s;%]+)*)(?P<tail>/\*|/)?", re.ASCII)
@@ -113,11 +99,70 @@ class ExemptRoutes:
         """Whether a request for ``path``, as the router sees it, is exempt. A path with parameters or left-over encoding never is."""
         if ";" in path or "%" in path:
             return False
+        if method == "HEAD":
+            method = "GET"
         if (None, path) in self._exact or (method, path) in self._exact:
             return True
         return any(
             (wanted is None or wanted == method) and path.startswith(prefix) and len(path) > len(prefix) for wanted, prefix in self._below
         )
+
+
+# -- which tenant ------------------------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """What every adapter decides a request by, step by step: `exempts`, then who asks, then `names`, then `agreed` on what was looked up.
+
+    ``authenticates``: whether requests say who makes them. Where they do not, ``resolver`` alone names the tenant, for pages that are
+    anybody's. Raises: `ConfigError` where nothing could ever name a tenant.
+    """
+
+    def __init__(self, *, exempt: Iterable[str], resolver: Resolver | None, required: bool, authenticates: bool) -> None:
+        if not authenticates and resolver is None:
+            raise ConfigError("nothing names the tenant of a request: give authenticate=, or resolver= where nobody signs in")
+        self._exempt = ExemptRoutes(exempt)
+        self._resolver = resolver
+        self._required = required
+        self._authenticates = authenticates
+
+    def exempts(self, facts: Facts, path: str, raw_path: str | None) -> bool:
+        """Whether the request runs unasked and unbound; ``path`` and ``raw_path`` as in `check_path`. Raises: `InvalidPath`."""
+        check_path(path, raw_path)
+        return self._exempt.matches(facts.method, facts.path)
+
+    def names(self, facts: Facts, identity: Identity | None) -> tuple[TenantName, ...]:
+        """Every name that the request, which is not exempt, has for its tenant, the deciding one first; none: it runs unbound.
+
+        An identity without a tenant gets none, whatever else the request names: nobody has said that it may enter. Raises:
+        `AuthenticationRequired`, `TenantNotFound`, and `TenantMismatch` where what stands beside credentials is no name at all.
+        """
+        if identity is None and self._authenticates:
+            if self._required:
+                raise AuthenticationRequired
+            return ()
+        if self._resolver is None:
+            return () if identity is None or identity.tenant is None else (tenant_key(identity.tenant),)
+        if identity is None:
+            found = names_of(self._resolver, facts)
+            if not found and self._required:
+                raise TenantNotFound(facts.host)
+            return found
+        if identity.tenant is None:
+            return ()
+        deciding = tenant_key(identity.tenant)
+        try:
+            return (deciding, *names_of(self._resolver, replace(facts, claims=identity.claims)))
+        except InvalidTenantKey:
+            raise TenantMismatch from None
+
+    @staticmethod
+    def agreed(tenant: Tenant, names: Iterable[TenantName], owners: Mapping[Domain, UUID | None]) -> Tenant:
+        """The tenant, where all names are its; ``owners`` says whose the domains are. Raises: `TenantMismatch`."""
+        for name in names:
+            if tenant.id != (owners.get(name) if isinstance(name, Domain) else name) and name != tenant.slug:
+                raise TenantMismatch
+        return tenant
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------------------------

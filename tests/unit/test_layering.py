@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "tenantdb"
 LINE: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("errors", "events", "forking"),
-    ("settings", "context", "requests", "tokens", "resolvers"),
+    ("settings", "context", "requests", "jwks", "tokens", "resolvers"),
     ("backends",),
     ("registry",),
     ("connections",),

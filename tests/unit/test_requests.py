@@ -25,34 +25,34 @@ CANARY = "canary-3f9a"
 @pytest.mark.parametrize(
     ("path", "raw"),
     [
-        ("/auth/../patients", b"/auth/../patients"),
-        ("/auth/../patients", b"/auth/%2e%2e/patients"),
-        ("/auth/../patients", b"/auth/%2E./patients"),
-        ("/auth/../patients", b"/auth/..%2fpatients"),
-        ("/auth/login/../../patients", b"/auth/login%2f..%2f..%2fpatients"),
-        ("/auth/..", b"/auth/.."),
-        ("/auth/.", b"/auth/."),
-        ("/auth/./login", b"/auth/./login"),
-        ("/auth/..;x=1/patients", b"/auth/..;x=1/patients"),
-        ("//auth/login", b"//auth/login"),
-        ("/auth//login", b"/auth//login"),
-        ("/auth/login", b"/auth%2flogin"),
-        ("/auth/login\0", b"/auth/login%00"),
-        ("/auth/login\n", b"/auth/login%0A"),
-        ("/auth/login\x7f", b"/auth/login%7f"),
-        ("/auth\\..\\patients", b"/auth\\..\\patients"),
-        ("/auth\\login", b"/auth%5Clogin"),
-        ("/auth/%2e%2e/patients", b"/auth/%252e%252e/patients"),
-        ("/auth/..%2fpatients", b"/auth/..%252fpatients"),
-        ("http://evil/auth/login", b"http://evil/auth/login"),
-        ("/auth/login", b"http://evil/auth/login"),
-        ("/auth/login", b"auth/login"),
-        ("*", b"*"),
-        ("", b""),
-        ("auth/login", b"auth/login"),
+        ("/auth/../patients", "/auth/../patients"),
+        ("/auth/../patients", "/auth/%2e%2e/patients"),
+        ("/auth/../patients", "/auth/%2E./patients"),
+        ("/auth/../patients", "/auth/..%2fpatients"),
+        ("/auth/login/../../patients", "/auth/login%2f..%2f..%2fpatients"),
+        ("/auth/..", "/auth/.."),
+        ("/auth/.", "/auth/."),
+        ("/auth/./login", "/auth/./login"),
+        ("/auth/..;x=1/patients", "/auth/..;x=1/patients"),
+        ("//auth/login", "//auth/login"),
+        ("/auth//login", "/auth//login"),
+        ("/auth/login", "/auth%2flogin"),
+        ("/auth/login\0", "/auth/login%00"),
+        ("/auth/login\n", "/auth/login%0A"),
+        ("/auth/login\x7f", "/auth/login%7f"),
+        ("/auth\\..\\patients", "/auth\\..\\patients"),
+        ("/auth\\login", "/auth%5Clogin"),
+        ("/auth/%2e%2e/patients", "/auth/%252e%252e/patients"),
+        ("/auth/..%2fpatients", "/auth/..%252fpatients"),
+        ("http://evil/auth/login", "http://evil/auth/login"),
+        ("/auth/login", "http://evil/auth/login"),
+        ("/auth/login", "auth/login"),
+        ("*", "*"),
+        ("", ""),
+        ("auth/login", "auth/login"),
     ],
 )
-def test_a_path_with_two_readings_is_refused(path: str, raw: bytes) -> None:
+def test_a_path_with_two_readings_is_refused(path: str, raw: str) -> None:
     with pytest.raises(InvalidPath):
         check_path(path, raw)
 
@@ -66,18 +66,18 @@ def test_a_path_with_two_readings_is_refused_where_the_server_tells_only_the_dec
 @pytest.mark.parametrize(
     ("path", "raw"),
     [
-        ("/", b"/"),
-        ("/auth/login/", b"/auth/login/"),
-        ("/a b/ü", b"/a%20b/%C3%BC"),
-        ("/files/.hidden/..name/name..", b"/files/.hidden/..name/name.."),
-        ("/files/...", b"/files/..."),
-        ("/patients;version=2", b"/patients;version=2"),
-        ("/100%", b"/100%25"),
-        ("/auth/login", b"/%61uth/login"),
-        ("/~user/@me:x", b"/~user/@me:x"),
+        ("/", "/"),
+        ("/auth/login/", "/auth/login/"),
+        ("/a b/ü", "/a%20b/%C3%BC"),
+        ("/files/.hidden/..name/name..", "/files/.hidden/..name/name.."),
+        ("/files/...", "/files/..."),
+        ("/patients;version=2", "/patients;version=2"),
+        ("/100%", "/100%25"),
+        ("/auth/login", "/%61uth/login"),
+        ("/~user/@me:x", "/~user/@me:x"),
     ],
 )
-def test_a_path_with_one_reading_passes(path: str, raw: bytes) -> None:
+def test_a_path_with_one_reading_passes(path: str, raw: str) -> None:
     check_path(path, raw)
     check_path(path, None)
 
@@ -106,7 +106,7 @@ def test_a_path_with_one_reading_passes(path: str, raw: bytes) -> None:
         ("POST", "/auth/100%", False),
         ("GET", "/docs", True),
         ("POST", "/docs", False),
-        ("HEAD", "/docs", False),
+        ("HEAD", "/docs", True),
         ("GET", "/public/a", True),
         ("POST", "/public/a", False),
         ("GET", "", False),
