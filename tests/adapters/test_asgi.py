@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +20,13 @@ from sqlalchemy.pool import Pool
 from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from tenantdb import asgi
+from tenantdb import asgi, requests
 from tenantdb.asgi import RegistryAuth, TenantMiddleware, facts_of
 from tenantdb.context import bound_or_none, current_actor, current_tenant
 from tenantdb.errors import (
@@ -42,13 +44,6 @@ from tenantdb.requests import Facts
 from tests.adapters.world import App, Patient, WebSocketPeer, World, add_tenant, http_scope, request, send_scope
 
 Handler = Callable[[Request], Awaitable[Any]]
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def protect(world: World, app: Any, **options: Any) -> TenantMiddleware:
@@ -181,17 +176,13 @@ async def test_two_authorization_headers_are_no_credentials(world: World) -> Non
     assert answer.status == 401
 
 
-async def test_an_unknown_a_foreign_and_a_deleted_tenant_give_the_same_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    auth = RegistryAuth(world.tokens, world.adb, clock=Clock())
-    app = catch_all(world, handler_must_not_run, authenticate=auth)
+async def test_an_unknown_a_foreign_and_a_deleted_tenant_give_the_same_bytes(world: World) -> None:
+    app = catch_all(world, handler_must_not_run)
     unknown = {"authorization": "Bearer " + world.tokens.issue(world.ann.id, uuid4())}
 
     answers = [await request(app, "/", unknown), await request(app, "/", world.bearer(world.ann, world.globex))]
 
-    async def gone(key: object) -> None:
-        raise TenantNotFound(str(key))
-
-    monkeypatch.setattr(world.adb, "resolve", gone)  # what a deleted tenant looks like, whose members are still listed
+    world.db.delete(world.acme)  # its members are still listed
     answers.append(await request(app, "/", world.as_ann))
 
     assert [answer.status for answer in answers] == [403, 403, 403]
@@ -222,7 +213,7 @@ async def test_a_record_that_cannot_be_looked_up_is_no_missing_tenant(
     async def resolve(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(world.adb, "resolve", resolve)
+    monkeypatch.setattr(world.db._lookups, "aservable", resolve)
     app = catch_all(world, handler_must_not_run)
 
     if status is None:
@@ -331,7 +322,7 @@ async def test_no_spelling_of_a_path_gets_past_the_exempt_list(world: World) -> 
 
 
 async def test_with_the_path_check_off_a_dot_segment_gets_past_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asgi, "check_path", lambda path, raw_path: None)
+    monkeypatch.setattr(requests, "check_path", lambda path, raw_path: None)
     app = catch_all(world, whoami, exempt=["/auth/*"])
 
     assert (await request(app, "/auth/../patients")).status == 200
@@ -590,23 +581,95 @@ async def test_a_websocket_is_told_when_it_may_try_again(world: World, monkeypat
     async def resolve(_: object) -> None:
         raise TenantNotReady("acme", "maintenance")
 
-    monkeypatch.setattr(world.adb, "resolve", resolve)
+    monkeypatch.setattr(world.db._lookups, "aservable", resolve)
     answer = await WebSocketPeer(websockets(world), "/ws", world.as_ann).ask("websocket.connect")
 
     assert answer is not None and (answer["type"], answer["code"]) == ("websocket.close", 1013)
 
 
 async def test_a_websocket_runs_for_its_tenant_until_the_tenant_is_suspended(world: World) -> None:
-    peer = WebSocketPeer(websockets(world), "/ws", world.as_bob)
+    peer = await accepted(world, websockets(world))
 
-    assert await peer.ask("websocket.connect") == {"type": "websocket.accept", "subprotocol": None, "headers": []}
     answer = await peer.ask("websocket.receive", text="who?")
     assert answer is not None and answer["text"] == "who? globex globex"
     world.db.suspend(world.globex)
 
-    assert await peer.ask("websocket.receive", text="still?") is None
+    answer = await peer.ask("websocket.receive", text="still?")
+    assert answer is not None and (answer["type"], answer["code"], answer["reason"]) == ("websocket.close", 1008, "tenant-suspended")
+    await peer.served
+
+
+async def accepted(world: World, app: App, headers: dict[str, str] | None = None) -> WebSocketPeer:
+    peer = WebSocketPeer(app, "/ws", headers or world.as_bob)
+    assert await peer.ask("websocket.connect") == {"type": "websocket.accept", "subprotocol": None, "headers": []}
+    return peer
+
+
+async def test_an_idle_websocket_is_closed_at_once_when_its_user_is_no_member_any_more(world: World) -> None:
+    peer = await accepted(world, websockets(world))
+
+    world.db.memberships.remove(world.bob, world.globex)
+
+    answer = await peer.next()
+    assert answer is not None and (answer["type"], answer["code"], answer["reason"]) == ("websocket.close", 1008, "no-access")
+    await peer.served
+
+
+async def test_a_websocket_that_nobody_tells_of_a_change_is_looked_at_on_a_schedule(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(world.db._registry.changes), "subscribe", lambda self, callback: lambda: None)
+    monkeypatch.setattr(world.db, "settings", world.db.settings.model_copy(update={"cache_ttl": 0.05}))
+    peer = await accepted(world, websockets(world))
+
+    world.db.suspend(world.globex)
+
+    answer = await peer.next()
+    assert answer is not None and (answer["type"], answer["reason"]) == ("websocket.close", "tenant-suspended")
+
+
+async def test_a_websocket_that_is_looked_at_neither_way_stays_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi._Socket, "_still_welcome", welcome)
+    peer = await accepted(world, websockets(world))
+
+    world.db.suspend(world.globex)
+
+    assert await peer.ask("websocket.receive", text="still?") is None  # the application was given it, and its session was refused
     with pytest.raises(TenantSuspended):
         await peer.served
+
+
+async def welcome(_: Any) -> bool:
+    return True
+
+
+async def test_what_an_application_pushes_is_looked_at_too(world: World) -> None:
+    pushed, failed = asyncio.Event(), []
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await pushed.wait()
+        try:
+            await websocket.send_text("of a tenant that is suspended")
+        except Exception as error:
+            failed.append(error)
+
+    peer = await accepted(world, protect(world, Starlette(routes=[WebSocketRoute("/ws", endpoint)])))
+    world.db.suspend(world.globex)
+    pushed.set()
+
+    answer = await peer.next()
+    assert answer is not None and (answer["type"], answer["code"]) == ("websocket.close", 1008)
+    await peer.served
+    assert failed and not [message for message in peer.sent() if message["type"] == "websocket.send"]
+
+
+async def test_a_websocket_ends_with_its_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.db, "settings", world.db.settings.model_copy(update={"cache_ttl": 0.05}))
+    peer = await accepted(world, websockets(world))
+
+    monkeypatch.setattr(world.tokens, "_clock", lambda: time.time() + 3600)
+
+    answer = await peer.next()
+    assert answer is not None and (answer["type"], answer["reason"]) == ("websocket.close", "invalid-token")
 
 
 async def test_a_websocket_whose_client_leaves_lets_the_tenant_go(world: World) -> None:
@@ -644,24 +707,57 @@ async def test_the_lifespan_passes_untouched(world: World) -> None:
     assert seen == [scope, receive, send] and scope == {"type": "lifespan", "state": {"a": 1}}
 
 
+@pytest.mark.parametrize(("inside", "warned"), [(True, True), (False, False)])
+async def test_an_order_of_middleware_that_loses_cors_headers_is_warned_of(
+    world: World, caplog: pytest.LogCaptureFixture, inside: bool, warned: bool
+) -> None:
+    app = Starlette()
+    steps = [(CORSMiddleware, {}), (TenantMiddleware, {"db": world.adb, "authenticate": RegistryAuth(world.tokens, world.adb)})]
+    for middleware, options in steps if inside else reversed(steps):
+        app.add_middleware(middleware, **options)  # what is added later stands outside
+    messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(_: Any) -> None:
+        pass
+
+    await app({"type": "lifespan", "state": {}}, receive, send)
+
+    assert ("Add CORSMiddleware after it" in caplog.text) is warned
+
+
 # -- RegistryAuth ----------------------------------------------------------------------------------------------------------------------
 
 
-def counting(world: World, monkeypatch: pytest.MonkeyPatch, then: Callable[[], None] = lambda: None) -> list[str]:
-    """What is asked of the memberships; ``then`` runs when an answer has been read."""
+@contextmanager
+def queries(world: World) -> Iterator[list[str]]:
+    """What the registry is asked in the block, other than by the thread that watches it."""
     asked: list[str] = []
-    store = type(world.db.memberships)
-    get = store.get
 
-    def counted(self: Any, user: Any, tenant: Any) -> Any:
-        asked.append("membership")
-        try:
-            return get(self, user, tenant)
-        finally:
-            then()
+    def count(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if not threading.current_thread().name.startswith("tenantdb-watch"):
+            asked.append(statement)
 
-    monkeypatch.setattr(store, "get", counted)
-    return asked
+    engine = world.db._registry._transactions.engine
+    event.listen(engine, "before_cursor_execute", count)
+    try:
+        yield asked
+    finally:
+        event.remove(engine, "before_cursor_execute", count)
+
+
+async def test_only_the_first_request_of_its_kind_asks_the_registry(world: World) -> None:
+    app = catch_all(world, whoami)
+
+    with queries(world) as first:
+        assert (await request(app, "/", world.as_ann)).status == 200
+    with queries(world) as later:
+        for _ in range(5):
+            assert (await request(app, "/", world.as_ann)).status == 200
+
+    assert first and not later
 
 
 async def test_the_role_is_the_registrys_whatever_the_token_says(world: World) -> None:
@@ -670,37 +766,6 @@ async def test_the_role_is_the_registrys_whatever_the_token_says(world: World) -
     answer = await request(app, "/", world.bearer(world.bob, world.globex, role="owner"))
 
     assert answer.json["role"] == "user"
-
-
-async def test_a_membership_is_asked_for_once_in_a_while_and_its_end_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, clock = counting(world, monkeypatch), Clock()
-    app = catch_all(world, whoami, authenticate=RegistryAuth(world.tokens, world.adb, clock=clock))
-
-    for _ in range(3):
-        assert (await request(app, "/", world.as_ann)).status == 200
-    assert len(asked) == 1
-    world.db.memberships.remove(world.ann, world.acme)
-    clock.now += world.db.settings.cache_ttl
-    assert (await request(app, "/", world.as_ann)).json["code"] == "no-access"
-    assert (await request(app, "/", world.as_ann)).json["code"] == "no-access"
-    assert len(asked) == 2
-    world.db.memberships.add(world.ann, world.acme, role="readonly")
-    clock.now += world.db.settings.cache_ttl
-    assert (await request(app, "/", world.as_ann)).json["role"] == "readonly"
-
-
-async def test_an_answer_is_as_old_as_its_question(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-
-    def time_passes() -> None:  # what was read may have changed while the answer was on its way
-        clock.now += world.db.settings.cache_ttl
-
-    asked = counting(world, monkeypatch, time_passes)
-    app = catch_all(world, whoami, authenticate=RegistryAuth(world.tokens, world.adb, clock=clock))
-
-    for _ in range(2):
-        assert (await request(app, "/", world.as_ann)).status == 200
-    assert len(asked) == 2
 
 
 async def test_the_token_of_a_deleted_user_is_worth_nothing(world: World) -> None:
@@ -720,26 +785,15 @@ async def test_a_user_that_the_registry_does_not_know_is_refused(world: World) -
 
 
 async def test_an_outage_of_the_registry_is_a_503_and_is_not_remembered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def down(self: Any, user: Any, tenant: Any) -> None:
+    def down(user: Any, tenant: Any) -> None:
         raise RegistryUnavailable("no answer")
 
     app = catch_all(world, whoami)
     with monkeypatch.context() as outage:
-        outage.setattr(type(world.db.memberships), "get", down)
+        outage.setattr(world.db._registry.standings, "get", down)
         assert (await request(app, "/", world.as_ann)).status == 503
 
     assert (await request(app, "/", world.as_ann)).status == 200
-
-
-async def test_what_is_remembered_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world.db, "settings", world.db.settings.model_copy(update={"cache_size": 3}))
-    auth = RegistryAuth(world.tokens, world.adb)
-    app = catch_all(world, whoami, authenticate=auth)
-
-    for _ in range(10):
-        await request(app, "/", {"authorization": "Bearer " + world.tokens.issue(world.ann.id, uuid4())})
-
-    assert len(auth._known) == 3
 
 
 # -- over a socket ---------------------------------------------------------------------------------------------------------------------

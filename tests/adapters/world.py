@@ -64,7 +64,7 @@ class World:
 def new_world(folder: Path) -> Iterator[World]:
     db = TenantDB(f"sqlite:///{folder}/central.sqlite3")
     db.init()
-    tokens = Tokens("a key for these tests of 32 bytes", issuer="clinic", audience="clinic-api")
+    tokens = Tokens("a key for these tests of 32 bytes", issuer="clinic", audience="clinic-api", tenant_required=False)
     ann = db.users.create("ann@acme.example", "correct horse battery")
     bob = db.users.create("bob@globex.example", "correct horse battery")
     acme, globex = (add_tenant(db, slug) for slug in ("acme", "globex"))
@@ -167,9 +167,17 @@ class WebSocketPeer:
     async def ask(self, kind: str, **what: Any) -> Message | None:
         """Send an event and wait for the application's next one; None where it ends without one."""
         self._to_app.put_nowait({"type": kind, **what})
+        return await self.next()
+
+    async def next(self) -> Message | None:
+        """Wait for the application's next event; None where it ends without one."""
         answer = asyncio.ensure_future(self._from_app.get())
         await asyncio.wait({answer, self.served}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done() or not self._from_app.empty():
             return await answer
         answer.cancel()
         return None
+
+    def sent(self) -> list[Message]:
+        """What the application has sent and nobody has waited for."""
+        return [self._from_app.get_nowait() for _ in range(self._from_app.qsize())]
