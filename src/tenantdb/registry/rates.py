@@ -2,8 +2,8 @@
 
 A sign-up makes a database, so whoever signs up in a loop fills a server. What an hour allows is kept in one row for each who asks: a single
 moment, up to which all that he asked for is paid. Each attempt moves it on by its share of the hour, and one that would move it further
-than an hour ahead is refused (a leaky bucket, kept as a time: GCRA). So ``n`` an hour means ``n`` at once, and then one whenever a share has
-passed.
+than an hour ahead is refused (a leaky bucket, kept as a time: GCRA). So ``n`` an hour means ``n`` at once, and then one in each ``n``-th of
+an hour.
 
 What it keeps true:
 1. An attempt counts in a transaction of its own, before anything slow or large is done for it: so those that fail count as well.
