@@ -227,7 +227,7 @@ class TenantDB:
         request returns the same tenant; ``exist_ok`` returns whatever has the slug, for scripts. After an error the same call continues
         where it stopped. In a process without a provisioner the tenant comes back in state ``provisioning`` and `work` makes it elsewhere.
 
-        Raises: `InvalidSlug` before any SQL; `TenantExists`, `UserExists`, `InvalidUser`; `RateLimited`, for actors of requests alone;
+        Raises: `InvalidSlug` before any SQL; `TenantExists`, `UserExists`, `InvalidUser`; `RateLimited`, in requests alone;
         `ProvisioningError`, after which the tenant is ``failed`` with its reason.
         """
         return self._provisioner.provision(

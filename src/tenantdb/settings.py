@@ -330,7 +330,7 @@ class Settings(BaseModel):
     """Databases that a worker keeps ready on each server, migrated, for whoever signs up next."""
     signups_per_actor: int = Field(20, ge=0)
     """Tenants that one actor may sign up in an hour: a user, or where nobody had to say who he is, one address. As many at once, then one
-    whenever that part of an hour has passed. 0 means no limit. Command line, scripts and workers are not limited."""
+    whenever that part of an hour has passed. 0 means no limit. Only requests are limited, not the command line, scripts or workers."""
     signups: int = Field(1000, ge=0)
     """The same for all actors together."""
     unfinished_signups: int = Field(200, ge=0)

@@ -112,7 +112,8 @@ def test_whoever_comes_when_he_is_told_to_is_admitted_and_nobody_gets_more_than_
         (Actor("anonymous", None, "203.0.113.7"), True),
         (Actor("anonymous"), True),
         (Actor("5f0f", "request-1", "203.0.113.7"), True),
-        (Actor("5f0f"), True),
+        (Actor("5f0f", "request-1"), True),
+        (Actor("billing-import"), False),
         (Actor("system", None, "203.0.113.7"), True),  # a user of another identity provider may be called anything
         (Actor("cli:eve", "request-1"), True),
     ],

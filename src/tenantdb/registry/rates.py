@@ -63,10 +63,9 @@ def paid_until(until: datetime, now: datetime, most: int) -> datetime | int:
 
 
 def is_limited(actor: Actor) -> bool:
-    """Whether an actor is one of those who ask by requests. Operators and scripts act as ``cli:...`` or ``system`` and come from nowhere;
-    a user whose id happens to read so comes from somewhere."""
-    by_hand = actor.actor == "system" or actor.actor.startswith("cli:")
-    return not by_hand or actor.source is not None or actor.request_id is not None
+    """Whether somebody acts by a request: the adapters say from where it came, or under which id. Operators, scripts and workers come from
+    nowhere, whatever they call themselves."""
+    return actor.actor == ANONYMOUS or actor.source is not None or actor.request_id is not None
 
 
 def asker(actor: Actor) -> str | None:
