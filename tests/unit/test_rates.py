@@ -52,16 +52,20 @@ MakeRegistry = Callable[..., Registry]
 
 
 @pytest.fixture
-def limited(registry_engines: tuple[Engine, Engine], registry_url: ConnectionURL, cheap_hashing: None, now: Now) -> MakeRegistry:
+def limited(registry_engines: tuple[Engine, Engine], registry_url: ConnectionURL, cheap_hashing: None, now: Now) -> Iterator[MakeRegistry]:
     """Makes registries with limits, all on one database."""
+    opened: list[Registry] = []
 
     def make(**limits: int) -> Registry:
         given = {"signups_per_actor": 0, "signups": 0, "unfinished_signups": 0, **limits}
         made = Registry(*registry_engines, Settings(url=registry_url, **given), Keyring([KEY]))
         made.init()
+        opened.append(made)
         return made
 
-    return make
+    yield make
+    for made in opened:
+        made.close()
 
 
 @contextmanager
