@@ -107,7 +107,7 @@ class TenantDB:
         self.domains = self._registry.domains
         self.revocations = self._registry.revocations
         self.refresh_tokens = self._registry.refresh_tokens
-        self.audit = AuditTrail(self._registry, self._lookup_engine)
+        self.audit = AuditTrail(self._registry, self._lookup_unpaid)
 
     @classmethod
     def from_env(
@@ -125,7 +125,8 @@ class TenantDB:
         """A session of the application's class on the tenant's database. It does not commit by itself.
 
         The tenant is fixed now; it is refused now where its record is in memory, and at the latest when SQL is first sent.
-        Raises: `NoTenantBound`, `TenantAlreadyBound`, `InvalidTenantKey`, `TenantNotFound`, `TenantSuspended`, `TenantNotReady`.
+        Raises: `NoTenantBound`, `TenantAlreadyBound`, `InvalidTenantKey`, `TenantNotFound`, `TenantSuspended`, `TenantNotReady`,
+        `SubscriptionExpired`.
         """
         return self._session(tenant, None, options)
 
@@ -176,7 +177,7 @@ class TenantDB:
         return listener
 
     def resolve(self, tenant: TenantKey) -> Tenant:
-        """The tenant, if it may be served. Raises: `TenantNotFound`, `TenantSuspended`, `TenantNotReady`, `RegistryUnavailable`."""
+        """The tenant, if it may be served. Raises: what `session` raises of a tenant, and `RegistryUnavailable`."""
         return self._lookups.servable(tenant_key(tenant))
 
     def for_each(
@@ -198,6 +199,11 @@ class TenantDB:
     def _lookup_engine(self, key: str | UUID) -> tuple[UUID, Engine]:
         record = self._lookups.record(key)
         return record.tenant.id, self._engines.engine_of(record, key)
+
+    def _lookup_unpaid(self, key: str | UUID) -> tuple[UUID, Engine]:
+        """For reading the audit log, which is owed to people that the tenant's subscription is not about."""
+        record = self._lookups.record(key)
+        return record.tenant.id, self._engines.engine_of(record, key, unpaid=True)
 
     # -- one tenant's life -------------------------------------------------------------------------------------------------------------
 
@@ -224,8 +230,8 @@ class TenantDB:
         request returns the same tenant; ``exist_ok`` returns whatever has the slug, for scripts. After an error the same call continues
         where it stopped. In a process without a provisioner the tenant comes back in state ``provisioning`` and `work` makes it elsewhere.
 
-        Raises: `InvalidSlug` before any SQL; `TenantExists`, `UserExists`, `InvalidUser`; `ProvisioningError`, after which the tenant is
-        ``failed`` with its reason.
+        Raises: `InvalidSlug` before any SQL; `TenantExists`, `UserExists`, `InvalidUser`; `RateLimited`, in requests alone;
+        `ProvisioningError`, after which the tenant is ``failed`` with its reason.
         """
         return self._provisioner.provision(
             slug,

@@ -328,6 +328,16 @@ class Settings(BaseModel):
     log in as these roles."""
     spares: int = Field(0, ge=0)
     """Databases that a worker keeps ready on each server, migrated, for whoever signs up next."""
+    signups_per_actor: int = Field(20, ge=0)
+    """Tenants that one actor may sign up in an hour: a user, or where nobody had to say who he is, one address. As many at once, then one
+    whenever that part of an hour has passed. 0 means no limit. Only requests are limited, not the command line, scripts or workers."""
+    signups: int = Field(1000, ge=0)
+    """The same for all actors together."""
+    unfinished_signups: int = Field(200, ge=0)
+    """Tenants that may be unfinished, ``provisioning`` or ``failed``, before nobody signs up any more. 0 means no limit."""
+    past_due: Literal["allow", "readonly", "refuse"] = "allow"
+    """What becomes of tenants whose subscription is past due, cancelled or run out: served as ever, served with sessions that only read, or
+    refused with `SubscriptionExpired`. See `Tenant.is_past_due`."""
     retention: float = Field(30.0, ge=0)
     """Days for which a deleted tenant can be restored. Before they are over it is purged only with ``immediately=True``."""
     backup_retention: float = Field(35.0, ge=0)

@@ -200,6 +200,9 @@ class Backend(Protocol):
     def wire(self, dialect: Dialect, connection: Any) -> Wire:
         """What the pool does with a connection that was opened here."""
 
+    def refuses_writing(self, error: BaseException) -> bool:
+        """Whether a driver's error says that a connection that only reads was told to write."""
+
     def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
         """An engine on the registry. A SQLite file must exist; `prepare_registry` makes it."""
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine, func, select
 
 from tenantdb.backends import backend
-from tenantdb.errors import CredentialTampered, WrongDatabase
+from tenantdb.errors import CredentialTampered, RateLimited, TenantNotFound, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.registry import schema
 from tenantdb.registry.audit import AuditStore
@@ -20,8 +20,10 @@ from tenantdb.registry.cache import RecordCache
 from tenantdb.registry.changes import Change, Changes
 from tenantdb.registry.domains import DomainStore
 from tenantdb.registry.memberships import MembershipStore
+from tenantdb.registry.names import KnownNames, read_names
 from tenantdb.registry.notices import CHANNEL, Notices
 from tenantdb.registry.operations import Operation, OperationState, OperationStore
+from tenantdb.registry.rates import SignUpLimits
 from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.refresh_tokens import RefreshGrant, RefreshTokenStore
 from tenantdb.registry.revocations import RevocationStore
@@ -73,6 +75,7 @@ class Registry:
         self._transactions = Transactions(engine, admin_engine, self._check, keyring)
         self.changes = Changes()
         self._cache = RecordCache(size=settings.cache_size, ttl=settings.cache_ttl, clock=clock)
+        self._names = KnownNames(lambda: read_names(self._transactions), ttl=settings.cache_ttl, clock=clock)
         self.audit = AuditStore(self._transactions, keyring, settings)
         self.servers = ServerStore(self._transactions, keyring, self._cache.clear, ttl=settings.cache_ttl)
         self.tenants = TenantStore(self._transactions, self.servers.read, self.forget)
@@ -85,6 +88,7 @@ class Registry:
         self.refresh_tokens = RefreshTokenStore(self._transactions)
         self.operations = OperationStore(self._transactions)
         self.keys = KeyKeeper(self._transactions, keyring, self.forget)
+        self.sign_up_limits = SignUpLimits(self._transactions, settings)
         self.templates = TemplateStore(self._transactions)
         self.rollouts = RolloutStore(self._transactions, self.forget)
         notices = Notices(
@@ -107,11 +111,19 @@ class Registry:
 
         Raises: `TenantNotFound`; `RegistryUnavailable` and the like, which say nothing about the tenant and are not remembered.
         """
+        found = self._cache.peek(key)
+        if found is not None:
+            return found
+        if self._names.rule_out(key):  # and not remembered: what the list rules out is as old as the list
+            raise TenantNotFound(str(key))
         return self._cache.get(key, self._load)
 
     def _load(self, key: str | UUID) -> TenantRecord:
         try:
             record = self.tenants.record(key)
+        except TenantNotFound:
+            self._names.missed()
+            raise
         except CredentialTampered as error:  # of its server's address
             self.audit.refused(error.code)
             raise
@@ -126,6 +138,7 @@ class Registry:
     def forget(self, tenant_id: UUID, slug: str | None = None) -> None:
         """The tenant changed: the next look-up asks the database."""
         self._cache.forget(tenant_id, slug)
+        self._names.add(tenant_id, slug)
         self.changes.tell(Change(kind="tenant", tenant_id=tenant_id))
 
     def forget_user(self, user_id: UUID) -> None:
@@ -211,9 +224,13 @@ class Registry:
     def sign_up(self, request: SignUp, *, taking: Taking | None = None, hands: Hands | None = None) -> tuple[Tenant, Operation]:
         """Make user, tenant, membership and operation in one transaction; see `tenantdb.registry.signup.sign_up`.
 
-        Raises: `TenantExists`, `UserExists`, `InvalidSlug`, `InvalidUser`, `UserNotFound`. Nothing was written then.
+        Raises: `TenantExists`, `UserExists`, `InvalidSlug`, `InvalidUser`, `UserNotFound`, `RateLimited`. Nothing was written then.
         """
-        return sign_up(self, request, taking=taking, hands=hands)
+        try:
+            return sign_up(self, request, taking=taking, hands=hands)
+        except RateLimited as error:
+            self.audit.refused(error.code)
+            raise
 
     # -- passwords of database roles --
 
