@@ -61,7 +61,7 @@ def test_ten_thousand_unknown_names_cost_a_hundred_questions_and_a_list(
         flood(small, kind)
     assert queries(seen) == ALLOWANCE + 1
     assert len(small._cache._missing) == ALLOWANCE
-    assert len(small._cache._flights._flights) == len(small._cache._entries) == 0
+    assert len(small._cache._flights._flights) == len(small._cache._records._kept) == 0
 
 
 def test_without_the_list_each_costs_a_question_and_memory_is_bounded_all_the_same(
