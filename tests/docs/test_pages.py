@@ -35,6 +35,8 @@ IN_THE_SHOP = [
     "howto/audit.md",
     "howto/lifecycle.md",
     "howto/export-and-clone.md",
+    "howto/domains.md",
+    "howto/revoke.md",
 ]
 
 

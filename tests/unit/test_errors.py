@@ -53,6 +53,8 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.TenantNotFound: ("acme", "acne"),
     errors.InvalidTenantKey: ("Acme", "lower case only"),
     errors.TenantExists: ("acme",),
+    errors.InvalidDomain: ("Acme.example", "lower case only"),
+    errors.DomainTaken: ("acme.example",),
     errors.TenantSuspended: ("acme",),
     errors.TenantNotReady: ("acme", "active", "its schema is at revision '0001'"),
     errors.SubscriptionExpired: ("acme", "past_due"),
