@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from tenantdb import Tenant, TenantDB, TenantState, errors
+from tenantdb import AsyncTenantDB, Tenant, TenantDB, TenantState, errors
 from tenantdb.registry import Change, tables
 from tests.conformance import watching
 from tests.conformance.colours import MakeProcess
@@ -272,3 +272,11 @@ def test_a_closed_process_watches_no_more_and_may_begin_again(estate: Estate, fr
     assert not thread.is_alive() and not there._registry._watcher.listening
     there.watch()
     assert state(there, fresh) == "active"
+
+
+async def test_the_lifespan_watches_from_beginning_to_end(process: MakeProcess) -> None:
+    db = process()
+    async with AsyncTenantDB(db).lifespan():
+        thread = db._registry._watcher._watch._thread  # type: ignore[union-attr]
+        assert thread.is_alive()
+    assert not thread.is_alive() and db._registry._watcher._watch is None

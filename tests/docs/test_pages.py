@@ -37,6 +37,8 @@ IN_THE_SHOP = [
     "howto/export-and-clone.md",
     "howto/sign-ups.md",
     "howto/subscriptions.md",
+    "howto/domains.md",
+    "howto/revoke.md",
 ]
 
 

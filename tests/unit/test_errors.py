@@ -54,6 +54,8 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.TenantNotFound: ("acme", "acne"),
     errors.InvalidTenantKey: ("Acme", "lower case only"),
     errors.TenantExists: ("acme",),
+    errors.InvalidDomain: ("Acme.example", "lower case only"),
+    errors.DomainTaken: ("acme.example",),
     errors.TenantSuspended: ("acme",),
     errors.TenantNotReady: ("acme", "active", "its schema is at revision '0001'"),
     errors.SubscriptionExpired: ("acme", "trial", datetime(2030, 1, 31, tzinfo=timezone.utc)),

@@ -22,7 +22,7 @@ from tenantdb.errors import (
     TenantNotFound,
     UserNotFound,
 )
-from tenantdb.model import Tenant, User
+from tenantdb.model import Tenant, TenantState, User
 from tenantdb.registry import Registry, SignUp, Standing, tables
 from tenantdb.registry.answers import MOST_LOOKS, Answers
 from tenantdb.registry.domains import is_domain
@@ -277,17 +277,11 @@ def test_the_audit_log_tells_of_domains_and_does_not_name_them(registry: Registr
 def test_a_purged_tenant_has_no_domain(registry: Registry, acme: Tenant, beta: Tenant) -> None:
     registry.domains.add("clinic.example", acme)
     for state in ("failed", "deleted", "purging"):
-        acme = registry.tenants.transition(acme, tables_state(state), action="test")
+        acme = registry.tenants.transition(acme, TenantState(state), action="test")
     with registry.admin_write() as connection:
         registry.tenants.erase(connection, acme, {}, besides=uuid4())
     assert registry.domains.list() == []
     assert registry.domains.add("clinic.example", beta).tenant_id == beta.id
-
-
-def tables_state(state: str) -> Any:
-    from tenantdb.model import TenantState
-
-    return TenantState(state)
 
 
 # -- revocations -----------------------------------------------------------------------------------------------------------------------
