@@ -1,9 +1,11 @@
 """Where the databases of a run of tests are, and that nothing of them is left there.
 
-SQLite files lie in pytest's folder. A PostgreSQL that is started for the run is in memory where there is room, for making a database is
-making some hundred files, and is thrown away whole. On a server that is somebody else's a run has a registry of its own, whose name says
-when it began; at the end every database and role in that registry is dropped, in whatever state the tests left it. A run that was killed
-cannot do that, so the next one does it for those that nobody is connected to any more.
+SQLite files, and a PostgreSQL that is started for the run, lie in memory where there is room: what takes long about a new tenant is the
+disk, for a clone is some hundred files and a commit waits for the platter. They are thrown away whole.
+
+On a server that is somebody else's a run has a registry of its own, whose name says when it began; at the end every database and role in
+that registry is dropped, in whatever state the tests left it. A run that was killed cannot do that, so a later one does it, once nobody
+is connected to that registry any more.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest import TempPathFactory, UsageError
@@ -28,18 +31,20 @@ if TYPE_CHECKING:
 
 _ABANDONED_AFTER = 3600.0  # seconds; a run that is paused in a debugger keeps its connections, so nobody being there is the better sign
 _MEMORY = "/dev/shm"
-_ROOM = 2 * 1024**3  # bytes: a cluster with its write-ahead log, and some hundred tenants at a time
+_ROOM_FOR_FILES = 256 * 1024**2  # bytes
+_ROOM_FOR_A_SERVER = 2 * 1024**3  # a cluster, its write-ahead log, and some hundred tenants at a time
 
 
 @contextmanager
 def place(where: str, tmp_path_factory: TempPathFactory) -> Iterator[dict[str, Any]]:
     """The settings that say where the databases are, for as long as they are there. Raises: `pytest.UsageError`."""
     if where == "sqlite":
-        yield {"url": f"sqlite:///{tmp_path_factory.mktemp('tenantdb') / 'central.sqlite3'}"}
+        with TemporaryDirectory(prefix="tenantdb-tests-", dir=_memory(_ROOM_FOR_FILES) or tmp_path_factory.getbasetemp()) as folder:
+            yield {"url": f"sqlite:///{folder}/central.sqlite3"}
     elif where == "postgresql":
         from tenantdb.testing.postgres import EmbeddedServer
 
-        with EmbeddedServer(fsync=False, temporary=_memory()) as server:
+        with EmbeddedServer(fsync=False, temporary=_memory(_ROOM_FOR_A_SERVER, programs=True)) as server:
             yield _prepared(server.url())
     elif where.startswith(("postgresql:", "postgresql+psycopg:")):
         with _borrowed(where) as borrowed:
@@ -48,13 +53,14 @@ def place(where: str, tmp_path_factory: TempPathFactory) -> Iterator[dict[str, A
         raise UsageError(f"--tenantdb takes sqlite, postgresql or a postgresql:// URL, not {where.partition('://')[0]!r}")
 
 
-def _memory() -> str | None:
-    """A folder in memory, where the system has one with room to spare. A container's is too small by default, and may not hold programs."""
+def _memory(room: int, *, programs: bool = False) -> str | None:
+    """A folder in memory, where the system has one with room to spare. A container's is small by default, and may not hold ``programs``."""
     try:
         flags, free = os.statvfs(_MEMORY).f_flag, shutil.disk_usage(_MEMORY).free
     except OSError:
         return None
-    return _MEMORY if free >= _ROOM and not flags & getattr(os, "ST_NOEXEC", 0) and os.access(_MEMORY, os.W_OK) else None
+    fits = free >= room and os.access(_MEMORY, os.W_OK) and not (programs and flags & getattr(os, "ST_NOEXEC", 0))
+    return _MEMORY if fits else None
 
 
 def _prepared(superuser: str) -> dict[str, Any]:

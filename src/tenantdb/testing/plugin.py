@@ -16,12 +16,13 @@
 what the fixtures made on the server is dropped at the end.
 
 It is named by whoever wants it, and no entry point loads it. An entry point would import SQLAlchemy and this library into every run of
-pytest of everybody who has installed it, before coverage has begun to measure, and give `tenant` to projects that mean something else by it.
+pytest of everybody who has installed it, before coverage has begun to measure, and give `tenant` to projects that mean something else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ from sqlalchemy.orm import Session
 from tenantdb import context
 from tenantdb.aio import AsyncTenantDB
 from tenantdb.database import TenantDB
+from tenantdb.errors import TenantExists, TenantNotFound
 from tenantdb.model import MemberRole, Tenant, User
 from tenantdb.testing.discards import Discards
 from tenantdb.testing.places import place
@@ -74,7 +76,9 @@ def _nothing_stays_bound() -> Iterator[None]:
     left = context.bound_or_none()
     if left is not None:
         context._bound.set(None)
-        pytest.fail(f"tenant {left.slug!r} is still bound at the end of the test: its tenant_context was entered and not left", pytrace=False)
+        pytest.fail(
+            f"tenant {left.slug!r} is still bound at the end of the test: its tenant_context was entered and not left", pytrace=False
+        )
 
 
 # -- the database layer ----------------------------------------------------------------------------------------------------------------
@@ -136,7 +140,15 @@ def tenant_factory(tenant_db: TenantDB, _discards: Discards) -> Iterator[TenantF
     made: list[Tenant] = []
 
     def make(slug: str | None = None, **details: Any) -> Tenant:
-        made.append(tenant_db.provision(slug or f"test-{secrets.token_hex(6)}", **details))
+        slug = slug or f"test-{secrets.token_hex(6)}"
+        try:
+            made.append(tenant_db.provision(slug, **details))
+        except TenantExists:  # somebody else's
+            raise
+        except BaseException:  # a seed or a hook that fails leaves a tenant in state failed
+            with contextlib.suppress(TenantNotFound):
+                made.append(tenant_db.tenants.get(slug))
+            raise
         return made[-1]
 
     yield make
@@ -184,8 +196,8 @@ def async_tenant_session(async_tenant_db: AsyncTenantDB, tenant: Tenant) -> Iter
 
 
 class _OuterTransaction:
-    """A connection that begins where it is first used, inside SQLAlchemy's greenlet, and is cut off at the end: the event loop may be closed
-    by then, and a server rolls back what somebody leaves who hangs up."""
+    """A connection that begins where it is first used, inside SQLAlchemy's greenlet, and is cut off at the end: the event loop may be
+    closed by then, and what is not committed when somebody hangs up is rolled back."""
 
     def __init__(self, db: AsyncTenantDB, tenant: Tenant) -> None:
         self._db = db
@@ -201,8 +213,8 @@ class _OuterTransaction:
             self._connection.begin()
         elif loop is not self._loop:
             raise RuntimeError(
-                "async_tenant_session was used in another event loop before. With pytest-asyncio give the test and the fixtures that use the"
-                ' session one loop, such as @pytest_asyncio.fixture(loop_scope="module") beside @pytest.mark.asyncio(loop_scope="module")'
+                "async_tenant_session was used in another event loop before. With pytest-asyncio give the test and the fixtures that use"
+                ' it one loop, such as @pytest_asyncio.fixture(loop_scope="module") beside @pytest.mark.asyncio(loop_scope="module")'
             )
         return self._connection
 
@@ -233,9 +245,7 @@ def tenant_token(tenant_db: TenantDB, tenant_tokens: Tokens) -> Iterator[TokenFa
     """
     made: list[User] = []
 
-    def issue(
-        tenant: Tenant, *, role: MemberRole | str = MemberRole.USER, user: User | UUID | str | None = None, **claims: Any
-    ) -> str:
+    def issue(tenant: Tenant, *, role: MemberRole | str = MemberRole.USER, user: User | UUID | str | None = None, **claims: Any) -> str:
         if user is None:
             with tenant_db._registry.write() as connection:
                 user = tenant_db.users.create_in(connection, f"{secrets.token_hex(6)}@test.example", _NO_PASSWORD)
