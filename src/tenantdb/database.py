@@ -23,7 +23,7 @@ from tenantdb.connections.session import Pin, check_session_options, pinned
 from tenantdb.context import TenantContext, pinned_key
 from tenantdb.model import BudgetStats, NewUser, Subscription, Tenant, TenantState, User
 from tenantdb.provisioning.hooks import Hooks
-from tenantdb.registry import Registry
+from tenantdb.registry import Change, Registry
 from tenantdb.registry.secrets import Keyring
 from tenantdb.resolvers import tenant_key
 from tenantdb.settings import Settings
@@ -97,12 +97,15 @@ class TenantDB:
         self._locator = Locator(self._registry, self.settings)
         self._lookups = Lookups(self._registry, self._locator)
         self._engines = Engines(self._locator, self.settings, self._registry.quarantine)
+        self._registry.changes.subscribe(self._retire_outdated)
         self._hooks = Hooks()
         self._pinned: Any = pinned(cast("Any", session_class))
         self.tenants = self._registry.tenants
         self.servers = self._registry.servers
         self.users = self._registry.users
         self.memberships = self._registry.memberships
+        self.domains = self._registry.domains
+        self.revocations = self._registry.revocations
         self.refresh_tokens = self._registry.refresh_tokens
         self.audit = AuditTrail(self._registry, self._lookup_engine)
 
@@ -542,6 +545,19 @@ class TenantDB:
         for name, url in self.settings.provisioners.items():
             if name not in known:
                 self.servers.add(name, backend=url.backend, host=url.host, port=url.port, path=url.path and os.path.abspath(url.path))
+
+    def watch(self) -> None:
+        """Follow what other processes do to the registry: by notices on PostgreSQL, within milliseconds, and everywhere by comparing what
+        is in use every ``cache_ttl / 2`` seconds, after which no request looks up what it knows.
+
+        Starts one thread, and on PostgreSQL one connection to the registry, until `close`; while they run a call costs nothing. After a
+        fork the next call starts them in the child. Never waits for the registry, and raises nothing when it is out of reach.
+        """
+        self._registry.watch()
+
+    def _retire_outdated(self, change: Change) -> None:
+        if change.tenant_id is not None and change.generation is not None:
+            self._engines.forget(change.tenant_id, before=change.generation)
 
     def ping(self) -> None:
         """Ask the registry one question. Raises: `RegistryError` and its kin, `SecretKeyError` where the keys are not the registry's."""

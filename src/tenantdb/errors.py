@@ -232,6 +232,34 @@ class TenantExists(TenantError):
         )
 
 
+class InvalidDomain(TenantDBError):
+    """The host name cannot be a tenant's domain. Facts: ``domain`` (shortened), ``rule``."""
+
+    code = "invalid-domain"
+    http_status = 422
+
+    def __init__(self, domain: str, rule: str) -> None:
+        super().__init__(domain, rule)
+        self.domain, self.rule = domain, rule
+
+    def explain(self) -> str:
+        return f"{self.domain!r} cannot be a tenant's domain: {self.rule}"
+
+
+class DomainTaken(TenantDBError):
+    """The domain leads to another tenant already. Whoever asked is not told to which."""
+
+    code = "domain-taken"
+    http_status = 409
+
+    def __init__(self, domain: str) -> None:
+        super().__init__(domain)
+        self.domain = domain
+
+    def explain(self) -> str:
+        return f"the domain {self.domain!r} belongs to another tenant. Whoever runs the installation can remove it there"
+
+
 class TenantSuspended(TenantError):
     """The tenant is suspended: its data is kept, nothing is served."""
 

@@ -217,6 +217,15 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """A host name by which a tenant is reached, beside the application's own."""
+
+    domain: str
+    tenant_id: UUID
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
     """One line of the audit log. ``details`` never holds personal data.
 

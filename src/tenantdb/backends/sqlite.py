@@ -93,6 +93,9 @@ class SQLite:
         _prepare(engine, path, settings)
         return engine
 
+    def listen(self, url: ConnectionURL, settings: Settings, channel: str) -> None:
+        """A file tells nobody that it has changed."""
+
     def prepare_registry(self, url: ConnectionURL) -> None:
         path = Path(url.path or "").absolute()
         path.parent.mkdir(parents=True, exist_ok=True)

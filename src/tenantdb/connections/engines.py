@@ -188,14 +188,21 @@ class Engines:
 
     # -- letting go --------------------------------------------------------------------------------------------------------------------
 
-    def forget(self, tenant_id: UUID) -> None:
-        """A tenant has changed: close what is idle, what is leased when it comes back, and refuse its old engines. From any thread."""
+    def forget(self, tenant_id: UUID, before: int | None = None) -> None:
+        """A tenant has changed: close what is idle, what is leased when it comes back, and refuse its old engines. From any thread.
+
+        ``before``: only engines of a generation before this one.
+        """
         with self._lock:
             lanes = list(self._lanes.values())
         for lane in lanes:
-            engine = lane.pop(tenant_id.int, None)
-            if engine is not None:
-                _retire([engine], outdated=True)
+            engine = lane.get(tenant_id.int)
+            if engine is None or (before is not None and _pool(engine).generation >= before):
+                continue
+            with self._lock:  # a newer one may have taken its place
+                if lane.get(tenant_id.int) is engine:
+                    del lane[tenant_id.int]
+            _retire([engine], outdated=True)
 
     def close(self) -> None:
         """Close idle connections; leased ones close when they come back. Waits until the servers have let go. May be called twice."""

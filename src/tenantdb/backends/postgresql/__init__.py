@@ -33,6 +33,7 @@ from tenantdb.backends.postgresql.connect import (
     without_frames,
 )
 from tenantdb.backends.postgresql.inspect import server_report
+from tenantdb.backends.postgresql.listening import PostgreSQLEar
 from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop
 from tenantdb.errors import RegistryUnavailable, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
@@ -104,6 +105,9 @@ class PostgreSQL:
                 raise DisconnectionError
 
         return engine
+
+    def listen(self, url: ConnectionURL, settings: Settings, channel: str) -> PostgreSQLEar:
+        return PostgreSQLEar(url, settings, channel)
 
     def prepare_registry(self, url: ConnectionURL) -> None:
         """Nothing to do: the registry's database is the application's to make."""
