@@ -72,8 +72,9 @@ class EmbeddedServer:
 
     ``data``: a folder that keeps the cluster and its password (mode 0600) for the next start; made if it is missing. Without it the
     cluster is temporary, in a folder that is made in ``temporary``, or else where `tempfile` makes them. ``bindir``: the folder of another
-    PostgreSQL's ``initdb`` and ``postgres``; without it those of the wheel, which has no TLS. ``settings``: server settings, as in ``postgresql.conf``; they outrank ALTER SYSTEM. ``fsync=False`` trades the data's
-    survival of a power failure for speed. ``ssl``: files with the server's certificate and its key; clients may still come without TLS.
+    PostgreSQL's ``initdb`` and ``postgres``; without it those of the wheel, which has no TLS. ``settings``: server settings, as in
+    ``postgresql.conf``; they outrank ALTER SYSTEM. ``fsync=False`` trades the data's survival of a power failure for speed. ``ssl``: files
+    with the server's certificate and its key; clients may still come without TLS.
 
     As root the server runs as the system user ``postgres``, else ``nobody``: PostgreSQL refuses root. Any thread may call, one at a time.
     After ``stop()`` it may be started again, on another port.
