@@ -105,12 +105,29 @@ TOKENS = """
 import pytest
 from uuid import UUID
 from tenantdb import MemberRole
-from tenantdb.errors import InvalidCredentials
+from tenantdb.auth import RegistryAuth
+from tenantdb.errors import InvalidCredentials, NotAMember
+from tenantdb.model import Facts
 
 def test_a_token_is_that_of_a_member(tenant_db, tenant, tenant_tokens, tenant_token):
     claims = tenant_tokens.verify(tenant_token(tenant, role="admin", locale="tr"))
     assert (claims["tenant_id"], claims["role"], claims["locale"]) == (str(tenant.id), "admin", "tr")
     assert tenant_db.memberships.get(UUID(claims["sub"]), tenant).role is MemberRole.ADMIN
+
+def test_registry_auth_lets_members_in_and_nobody_else(tenant_db, tenant, tenant_tokens, tenant_token):
+    authenticate, ann = RegistryAuth(tenant_tokens, tenant_db), tenant_db.users.create("dan@example.com", "correct horse")
+
+    def identity(token):
+        return authenticate(Facts("https", "clinic", "/", "GET", {"authorization": f"Bearer {token}"}))
+
+    for role in ("user", "admin"):
+        found = identity(tenant_token(tenant, user=ann, role=role))
+        assert (found.user, found.tenant, found.role) == (str(ann.id), tenant.id, role)
+    token = tenant_token(tenant)
+    assert identity(token).role == "user"
+    tenant_db.memberships.remove(ann, tenant)
+    with pytest.raises(NotAMember):
+        identity(tenant_tokens.issue(ann.id, tenant.id, role="owner"))
 
 def test_no_password_lets_that_user_in(tenant_db, tenant, tenant_tokens, tenant_token):
     user = tenant_db.users.get(UUID(tenant_tokens.verify(tenant_token(tenant))["sub"]))
@@ -251,7 +268,7 @@ def test_what_users_rely_on_holds(pytester: pytest.Pytester, where: str) -> None
     """In one run, for starting takes longer than the tests: the modules in alphabetical order, the one that keeps a tenant last."""
     project = make(pytester, test_models=MODELS, test_tenants=TENANTS, test_tokens=TOKENS, test_using_asyncio=ASYNCIO)
     (project.path / "schema" / "env.py").write_text(ENV)
-    run(project, where, asyncio=True).assert_outcomes(passed=34)
+    run(project, where, asyncio=True).assert_outcomes(passed=35)
 
 
 # -- what they replace, and what they get wrong ----------------------------------------------------------------------------------------
