@@ -15,14 +15,14 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest import TempPathFactory, UsageError
 from sqlalchemy.engine import URL, make_url
 
-from tenantdb.errors import ConfigError
+from tenantdb.errors import ConfigError, TenantDBError
 from tenantdb.registry.secrets import generate_key
 from tenantdb.settings import ConnectionURL, Settings
 
@@ -134,10 +134,13 @@ def _require_rights(connection: Connection[Any]) -> None:
 
 
 def _drop_abandoned_runs(connection: Connection[Any], settings: Settings) -> None:
+    import psycopg
+
     latest = time.time() - _ABANDONED_AFTER
     for (database,) in connection.execute(_ABANDONED, [_RUNS]).fetchall():
         if int(database.removeprefix(_PREFIX)[:8], 16) <= latest:
-            _drop_run(connection, settings, database)
+            with suppress(psycopg.Error, TenantDBError):  # another process is at it, or it stays until next time
+                _drop_run(connection, settings, database)
 
 
 def _drop_run(connection: Connection[Any], settings: Settings, database: str) -> None:
