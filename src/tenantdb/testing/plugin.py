@@ -109,7 +109,12 @@ def tenant_db(
         yield db
 
 
+_UNLIMITED = {"signups": 0, "signups_per_actor": 0, "unfinished_signups": 0}
+"""A suite that tests signing up does so more often in an hour than anybody; `tenant_db_settings` can set limits that are to be tested."""
+
+
 def _make(where: dict[str, Any], app: TenantDB | None, settings: dict[str, Any]) -> TenantDB:
+    settings = {**_UNLIMITED, **settings}
     if app is None:
         return TenantDB(**{**settings, **where})
     taken = {name: getattr(app.settings, name) for name in app.settings.model_fields_set - _PLACE}
