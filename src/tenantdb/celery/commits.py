@@ -30,12 +30,14 @@ def delay_on_commit(session: Session | AsyncSession, task: Any, *args: Any, **kw
     It is published by the thread that commits, after the connection was given back; an event loop waits meanwhile, a millisecond or so.
     Where the broker cannot be reached, what it raises comes out of the commit, which stands all the same.
 
-    Raises: `NotATenantsSession`, `TenantNotFound`, `RegistryUnavailable`.
+    Raises: `NotATenantsSession`, `TenantNotFound`, `RegistryUnavailable`; `TaskRefused` for a task that runs for every tenant.
     """
     sync = session.sync_session if isinstance(session, AsyncSession) else session
     if not isinstance(sync, PinnedSession):
         raise NotATenantsSession(type(session).__name__)
-    tenant = Decided(office_of(task.app).id_of(sync._tenantdb_pin._key))
+    office = office_of(task.app)
+    tenant = Decided(office.id_of(sync._tenantdb_pin._key))
+    office.decide(task.name, tenant)  # what it cannot run for is refused here, and not in the commit
     publish = task.apply_async
 
     def call() -> None:

@@ -23,7 +23,7 @@ from celery._state import get_current_worker_task
 from celery.app.amqp import AMQP
 from celery.utils.imports import symbol_by_name
 
-from tenantdb.context import bound_or_none, current_actor, current_tenant
+from tenantdb.context import Actor, bound_or_none, current_actor, current_tenant
 from tenantdb.database import TenantDB
 from tenantdb.errors import ConfigError, TaskRefused, TenantAlreadyBound
 from tenantdb.model import Tenant
@@ -154,7 +154,8 @@ class Office:
         """Refuse what ``task`` cannot run for."""
         runs_for = self._runs_for(task)
         if runs_for is Tenant and not isinstance(scope, UUID):
-            current_tenant()  # says why there is none
+            if scope is None:
+                current_tenant()  # says why there is none
             raise TaskRefused(f"{task} runs for one tenant, and was published for {_shown(scope)}")
         if runs_for is EVERY_TENANT and scope is not EVERY_TENANT:
             if scope is None and not _in_worker():
@@ -172,8 +173,10 @@ class Office:
     # -- stamping ----------------------------------------------------------------------------------------------------------------------
 
     def stamp(self, scope: Scope, task: str, task_id: str, *, eta: object = None, waits: int = 0) -> dict[str, Any]:
-        """The header for a message that is published here and now."""
+        """The header for a message that is published here and now, by who acts here; where nobody said, by who wanted the task at hand."""
         actor, now = current_actor(), time.time()
+        if actor == Actor() and (running := self.running()) is not None:
+            actor = Actor(running.actor, running.request_id)
         stamp = Stamp(scope, int(max(now, self._moment(eta, now))), actor.actor, actor.request_id, waits)
         return self.stamps.make(stamp, task, task_id)
 
