@@ -13,7 +13,8 @@ from uuid import UUID
 import pytest
 from celery import chain, chord, group, shared_task, signals
 
-from tenantdb.celery import EVERY_TENANT, TenantTask, publishing, setup, tenant_task
+import tenantdb.celery
+from tenantdb.celery import EVERY_TENANT, TenantTask, all_tenants_task, publishing, setup, tenant_task
 from tenantdb.celery.stamps import Stamp
 from tenantdb.context import acting, bound_or_none, current_tenant, unbound
 from tenantdb.database import TenantDB
@@ -386,12 +387,29 @@ def test_the_decorators_are_shared_tasks_of_the_application_that_is_current(shop
     def shared() -> None:
         shop.see("shared")
 
+    @all_tenants_task(jitter=0, select=lambda tenant: tenant.slug == "beta")
+    def everywhere() -> None:
+        shop.see("everywhere")
+
     for task in (bare, with_options, shared):
         task.apply_async(tenant="acme")
+    everywhere.delay()
     shop.work()
 
-    assert shop.seen == [("bare", "acme"), (7, "acme"), ("shared", "acme")]
+    assert shop.seen == [("bare", "acme"), (7, "acme"), ("shared", "acme"), ("everywhere", "beta")]
 
 
 def test_every_tenant_is_the_same_object_wherever_signatures_are_copied() -> None:
     assert copy.deepcopy(EVERY_TENANT) is EVERY_TENANT
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(tenantdb.celery.__all__) == [
+        "AllTenantsTask",
+        "EVERY_TENANT",
+        "TenantTask",
+        "all_tenants_task",
+        "delay_on_commit",
+        "setup",
+        "tenant_task",
+    ]

@@ -162,6 +162,17 @@ def test_a_message_grows_old_from_its_eta_on(town: TenantDB, monkeypatch: pytest
         assert refused(shop, message.headers["id"]) is not runs
 
 
+def test_the_same_message_may_be_delivered_again(shop: Shop, tasks: Tasks) -> None:
+    """By a broker that has waited for visibility_timeout, or whose worker died: Celery delivers at least once."""
+    tasks.see.apply_async(tenant="acme")
+    [message] = shop.waiting()
+
+    shop.execute(message)
+    shop.execute(message)
+
+    assert shop.seen == [("see", "acme")] * 2
+
+
 def test_a_retry_keeps_its_id_and_gets_a_fresh_age(town: TenantDB, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     with new_shop(town, max_age=100) as shop:

@@ -216,7 +216,7 @@ class _Stamping:
         office = office_of(self.app)
 
         def send_task_message(
-            producer: Any, name: str, message: Any, *, tenant: Any = None, tenant_waits: int = 0, headers: Any = None, **options: Any
+            producer: Any, name: str, message: Any, *, tenant: Any = None, tenant_waited: int = 0, headers: Any = None, **options: Any
         ) -> Any:
             args, kwargs, embedded = message.body
             followers: list[Follower] = []
@@ -230,7 +230,7 @@ class _Stamping:
             if scope is not None:
                 if options.get("serializer") not in (None, *JSON):
                     raise ConfigError(f"{name} would be sent as {options['serializer']!r}; what runs for a tenant is sent as JSON")
-                headers[HEADER] = office.stamp(scope, name, task_id, eta=message.headers["eta"], waits=tenant_waits)
+                headers[HEADER] = office.stamp(scope, name, task_id, eta=message.headers["eta"], waits=tenant_waited)
             return send(producer, name, message._replace(body=(args, kwargs, embedded)), headers=headers, **options)
 
         return send_task_message

@@ -101,4 +101,4 @@ class Stamps:
 def _mac(key: bytes, header: dict[str, Any], task: str, task_id: str) -> str:
     """Over a JSON list, in which no two different headers read alike."""
     signed = ["tenantdb/task", task, task_id, *(header.get(name) for name in ("v", "key", "tenant", "at", "waits", "actor", "request"))]
-    return hmac.new(key, json.dumps(signed).encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(key, json.dumps(signed).encode(), "sha256").hex()

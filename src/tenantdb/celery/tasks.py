@@ -177,7 +177,7 @@ class TenantTask(_Scoped):
             raise error
         longest = min(_LONGEST_WAIT, (error.retry_after or 5) * 2.0**stamp.waits)
         delay = random.uniform(longest / 2, longest)  # those that wait for one tenant must not all come back at once
-        again = self.signature_from_request(countdown=delay, tenant_waits=waits)
+        again = self.signature_from_request(countdown=delay, tenant_waited=waits)
         try:
             again.apply_async()
         except Exception as lost:
