@@ -92,6 +92,8 @@ def application(given: str) -> Iterator[ModuleType]:
         yield module
     finally:
         del os.environ["WORKER_APP"]
+        module.app.backend.result_consumer.stop()
+        module.app.backend.remove_pending_result = lambda result: result  # one that is collected later must not look for Redis
         module.app.close()
         module.db.close()
         _set_current_app(None)
