@@ -142,7 +142,7 @@ class JWKS:
         self._loaded: _KeySet | None = None
         self._not_before = -math.inf  # when the next attempt may begin
         self._turn = threading.Lock()  # whoever fetches holds it; no request waits for it
-        self._problem = "they have not been asked for before"
+        self._problem = "nobody has tried before"
         follow(self)
 
     def key(self, kid: object) -> PreparedKey:
