@@ -813,7 +813,7 @@ class TenantMismatch(AccessError):
 
 
 class TokenKeysUnavailable(TenantDBError):
-    """The keys that verify access tokens have never been fetched, so that nobody's token can be told from a forged one.
+    """The keys that verify access tokens were not fetched yet, or not for a day, so that nobody's token can be told from a forged one.
     Fact: ``problem``."""
 
     code = "token-keys-unavailable"
@@ -826,7 +826,7 @@ class TokenKeysUnavailable(TenantDBError):
         self.problem = problem
 
     def explain(self) -> str:
-        return f"the keys of access tokens could not be fetched yet: {self.problem}"
+        return f"the keys of access tokens could not be fetched: {self.problem}"
 
 
 class TaskRefused(AccessError):
