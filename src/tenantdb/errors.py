@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, ClassVar
 
 from tenantdb.model import BudgetStats
@@ -232,6 +233,34 @@ class TenantExists(TenantError):
         )
 
 
+class InvalidDomain(TenantDBError):
+    """The host name cannot be a tenant's domain. Facts: ``domain`` (shortened), ``rule``."""
+
+    code = "invalid-domain"
+    http_status = 422
+
+    def __init__(self, domain: str, rule: str) -> None:
+        super().__init__(domain, rule)
+        self.domain, self.rule = domain, rule
+
+    def explain(self) -> str:
+        return f"{self.domain!r} cannot be a tenant's domain: {self.rule}"
+
+
+class DomainTaken(TenantDBError):
+    """The domain leads to another tenant already. Whoever asked is not told to which."""
+
+    code = "domain-taken"
+    http_status = 409
+
+    def __init__(self, domain: str) -> None:
+        super().__init__(domain)
+        self.domain = domain
+
+    def explain(self) -> str:
+        return f"the domain {self.domain!r} belongs to another tenant. Whoever runs the installation can remove it there"
+
+
 class TenantSuspended(TenantError):
     """The tenant is suspended: its data is kept, nothing is served."""
 
@@ -265,17 +294,24 @@ class TenantNotReady(TenantError):
 
 
 class SubscriptionExpired(TenantError):
-    """The tenant's subscription is past due or cancelled, and the application's policy refuses it then. Fact: ``subscription``."""
+    """The tenant's subscription is past due, cancelled or run out, and the application's policy (``past_due``) refuses what was asked for
+    then: everything, or what writes. Facts: ``subscription``; ``expired_at``, where it ran out."""
 
     code = "subscription-expired"
     http_status = 402
 
-    def __init__(self, tenant: str, subscription: str) -> None:
-        TenantDBError.__init__(self, tenant, subscription)
-        self.tenant, self.subscription = tenant, subscription
+    def __init__(self, tenant: str, subscription: str, expired_at: datetime | None = None) -> None:
+        TenantDBError.__init__(self, tenant, subscription, expired_at)
+        self.tenant, self.subscription, self.expired_at = tenant, subscription, expired_at
 
     def explain(self) -> str:
-        return f"the subscription of tenant {self.tenant!r} is {self.subscription}; `tenantdb update {self.tenant} --subscription active`"
+        told = f"the subscription of tenant {self.tenant!r} is {self.subscription}"
+        if self.expired_at is None:
+            return f"{told}. When it is paid, say so: `tenantdb update {self.tenant} --subscription active`"
+        return (
+            f"{told} and ran out at {self.expired_at:%Y-%m-%d %H:%M} UTC. When it is paid, say until when:"
+            f" `tenantdb update {self.tenant} --subscription active --subscription-expires-at ...`"
+        )
 
 
 class IllegalTransition(TenantError):
@@ -683,7 +719,7 @@ class CrossTenantError(ContextError):
 
 
 class NotATenantsSession(ContextError):
-    """What tells of a tenant's records is written in a session on that tenant's database, and this is none. Fact: ``found``, its type."""
+    """What belongs to a tenant's transaction takes a session on that tenant's database, and this is none. Fact: ``found``, its type."""
 
     code = "not-a-tenants-session"
 
@@ -693,9 +729,28 @@ class NotATenantsSession(ContextError):
 
     def explain(self) -> str:
         return (
-            "audit.record() takes a session of db.session() or db.begin(), and in asyncio adb.audit.record() takes one of adb's;"
-            f" this is a {self.found}"
+            "this takes a session of db.session() or db.begin(), and in asyncio one of adb's (adb.audit.record(), delay_on_commit());"
+            f" it got a {self.found}"
         )
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------------------------
+
+
+class SomeTenantsFailed(TenantDBError):
+    """A task that runs for all tenants failed for some of them, and ran for the others. Facts: ``succeeded`` (how many), ``failures``
+    (slug -> what went wrong)."""
+
+    code = "some-tenants-failed"
+
+    def __init__(self, succeeded: int, failures: Mapping[str, str]) -> None:
+        super().__init__(succeeded, dict(failures))
+        self.succeeded, self.failures = succeeded, dict(failures)
+
+    def explain(self) -> str:
+        named = [f"{slug!r} ({why})" for slug, why in sorted(self.failures.items())]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        return f"{len(named)} tenants failed and {self.succeeded} succeeded: {', '.join(named[:3])}{more}"
 
 
 # -- who is asking ---------------------------------------------------------------------------------------------------------------------
