@@ -155,10 +155,9 @@ async def test_membership_is_what_keeps_strangers_out(make: Make, world: World, 
     assert (await make().ask("/read", stranger)).body == b"globex"
 
 
-async def test_who_is_no_member_any_more_is_out_at_the_next_request(make: Make, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """J18: for whoever's answer is not a few seconds old, which is what a notice sees to."""
+async def test_who_is_no_member_any_more_is_out_at_the_next_request(make: Make, world: World) -> None:
+    """J18."""
     face = make()
-    monkeypatch.setattr(type(world.db._registry.standings), "peek", lambda *_: None)
     assert (await face.ask("/", world.as_ann)).status == 200
 
     world.db.memberships.remove(world.ann, world.acme)
@@ -304,17 +303,8 @@ async def test_where_nobody_signs_in_the_host_alone_decides(make: Make, world: W
     assert (await face.ask("/healthz")).json["bound"] is None
 
 
-async def test_a_domain_of_its_own_leads_to_its_tenant(make: Make, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Domains:
-        def peek(self, name: str) -> UUID | None:
-            return {"praxis.example": world.globex.id}.get(name)
-
-        def tenant_of(self, name: str) -> UUID:
-            if name != "praxis.example":
-                raise errors.TenantNotFound(name)
-            return world.globex.id
-
-    monkeypatch.setattr(type(world.db), "domains", Domains())
+async def test_a_domain_of_its_own_leads_to_its_tenant(make: Make, world: World) -> None:
+    world.db.domains.add("praxis.example", "globex")
     open_to_all = make(authenticate=None, resolver=custom_domain("clinic.example"))
     signed_in = make(resolver=custom_domain("clinic.example"))
 
