@@ -16,7 +16,7 @@ from uuid import UUID
 
 from tenantdb.aio import AsyncTenantDB
 from tenantdb.database import TenantDB
-from tenantdb.errors import AccessError, ConfigError, InvalidToken, NotAMember, TenantDBError, TenantNotFound
+from tenantdb.errors import AccessError, AuthenticationRequired, ConfigError, InvalidToken, NotAMember, TenantDBError, TenantNotFound
 from tenantdb.model import Facts, Identity, Tenant
 from tenantdb.requests import Gate, Problem, bearer_token, problem_for
 from tenantdb.resolvers import Domain, TenantName
@@ -66,6 +66,8 @@ class Visit:
             if self._authenticate is not None:
                 found = self._authenticate(self.facts)
                 if inspect.isawaitable(found):
+                    if inspect.iscoroutine(found):
+                        found.close()  # or Python warns that nobody awaited it
                     raise ConfigError("authenticate= is a coroutine function, and WSGI cannot await it; give it an ordinary function")
                 self._identity = found
         return self._identity
@@ -113,6 +115,12 @@ class Visit:
         before = self._identity
         if (identity and identity.user) != (before and before.user) or (tenant and tenant.id) != (bound and bound.id):
             raise InvalidToken("the credentials are somebody else's by now")
+
+    def without_tenant(self, identity: Identity | None) -> TenantDBError:
+        """What to raise where an application wants the tenant of a request that is not exempt, and was let through without one."""
+        if identity is not None:
+            return NotAMember("the token names no tenant")
+        return AuthenticationRequired() if self._authenticate is not None else TenantNotFound(self.facts.host)
 
     # -- what is answered --------------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ Pure, and the one brain of every adapter, so that two web frameworks cannot answ
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -174,11 +175,16 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An answer to a client, after RFC 9457: send ``body`` as JSON with these headers."""
+    """An answer to a client, after RFC 9457: send ``content``, which is ``body`` as JSON, with these headers."""
 
     status: int
     headers: Mapping[str, str]
     body: Mapping[str, Any]
+
+    @property
+    def content(self) -> bytes:
+        """The same bytes whoever sends them: a middleware or, for what a route raises, a framework's error handler."""
+        return json.dumps(self.body).encode()
 
 
 @dataclass(frozen=True, slots=True)
