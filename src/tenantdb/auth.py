@@ -19,7 +19,7 @@ from tenantdb.database import TenantDB
 from tenantdb.errors import AccessError, AuthenticationRequired, ConfigError, InvalidToken, NotAMember, TenantDBError, TenantNotFound
 from tenantdb.model import Facts, Identity, Tenant
 from tenantdb.requests import Gate, Problem, bearer_token, problem_for
-from tenantdb.resolvers import Domain, TenantName
+from tenantdb.resolvers import DomainName, TenantName
 from tenantdb.tokens import Tokens
 
 log = logging.getLogger("tenantdb.requests")
@@ -86,22 +86,22 @@ class Visit:
     def tenant(self, names: Sequence[TenantName]) -> Tenant:
         """The one tenant that all names are of, if it may be served. Raises: `TenantMismatch`, and what `TenantDB.resolve` raises."""
         domains = self.db.domains
-        owners: dict[Domain, UUID | None] = {}
+        owners: dict[DomainName, UUID | None] = {}
         for name in names:
-            if isinstance(name, Domain):
+            if isinstance(name, DomainName):
                 owners[name] = _owner(domains.tenant_of, name, decides=name is names[0])
         return self.gate.agreed(self.db._lookups.servable(_key(names[0], owners)), names, owners)
 
     async def atenant(self, names: Sequence[TenantName]) -> Tenant:
         """The same for asyncio."""
         lookups = self.db._lookups
-        owners: dict[Domain, UUID | None] = {}
+        owners: dict[DomainName, UUID | None] = {}
         for name in names:
-            if isinstance(name, Domain):
+            if isinstance(name, DomainName):
                 owners[name] = await self._aowner(name, decides=name is names[0])
         return self.gate.agreed(await lookups.aservable(_key(names[0], owners)), names, owners)
 
-    async def _aowner(self, name: Domain, *, decides: bool) -> UUID | None:
+    async def _aowner(self, name: DomainName, *, decides: bool) -> UUID | None:
         domains = self.db.domains
         known = _owner(domains.peek, name, decides=decides)
         return known or await self.db._lookups.run(_owner, domains.tenant_of, name, decides=decides)
@@ -141,7 +141,7 @@ class Visit:
         return problem
 
 
-def _owner(ask: Callable[[str], UUID | None], name: Domain, *, decides: bool) -> UUID | None:
+def _owner(ask: Callable[[str], UUID | None], name: DomainName, *, decides: bool) -> UUID | None:
     try:
         return ask(name.name)
     except TenantNotFound:
@@ -150,8 +150,8 @@ def _owner(ask: Callable[[str], UUID | None], name: Domain, *, decides: bool) ->
         return None  # nobody's, so not that tenant's either
 
 
-def _key(name: TenantName, owners: Mapping[Domain, UUID | None]) -> str | UUID:
-    if not isinstance(name, Domain):
+def _key(name: TenantName, owners: Mapping[DomainName, UUID | None]) -> str | UUID:
+    if not isinstance(name, DomainName):
         return name
     owner = owners[name]
     if owner is None:

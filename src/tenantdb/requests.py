@@ -30,7 +30,7 @@ from tenantdb.errors import (
     TenantNotFound,
 )
 from tenantdb.model import Facts, Identity, Tenant
-from tenantdb.resolvers import Domain, Resolver, TenantName, names_of, tenant_key
+from tenantdb.resolvers import DomainName, Resolver, TenantName, names_of, tenant_key
 
 _RETRY_AFTER = 30  # seconds, where an error that a client may try again after does not know better
 
@@ -162,10 +162,10 @@ class Gate:
             raise TenantMismatch from None
 
     @staticmethod
-    def agreed(tenant: Tenant, names: Iterable[TenantName], owners: Mapping[Domain, UUID | None]) -> Tenant:
+    def agreed(tenant: Tenant, names: Iterable[TenantName], owners: Mapping[DomainName, UUID | None]) -> Tenant:
         """The tenant, where all names are its; ``owners`` says whose the domains are. Raises: `TenantMismatch`."""
         for name in names:
-            if tenant.id != (owners.get(name) if isinstance(name, Domain) else name) and name != tenant.slug:
+            if tenant.id != (owners.get(name) if isinstance(name, DomainName) else name) and name != tenant.slug:
                 raise TenantMismatch
         return tenant
 
