@@ -89,13 +89,14 @@ class Binding:
         is not bound here at all."""
         # No token: the exit may run in another context (an async generator closed by another task), where a reset would raise, and
         # where the variable is somebody else's.
-        top = _bound.get()
+        top, entered_here = _bound.get(), self._runner == _runner()
         inside: list[Binding] | None = []
         if top is not self:  # a task that inherited this block has it below blocks of its own, which are none of ours
-            inside = self._inside(top) if self._runner == _runner() else None
+            inside = self._inside(top) if entered_here else None
         if inside is not None:
             _bound.set(self._previous)
-            self._previous = None  # elsewhere it stays, for the context that this was bound in: see `_here`
+        if entered_here:  # elsewhere it stays, for the context that this was bound in: see `_here`
+            self._previous = None
         if self._actor is not None and self._previous_actor is not None and _actor.get() is self._actor:
             _actor.set(self._previous_actor)
         return inside
