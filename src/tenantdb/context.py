@@ -487,9 +487,9 @@ def _report(binding: Binding, blocks: list[Binding], *, failing: bool) -> None:
     if tenant is None or not (places or blocks):
         return
     error = LeftBehind(tenant.slug, len(places), len(blocks), "".join([*places, *(_shown(block._place) for block in blocks)]))
-    log.warning("tenant %s: %s", tenant.id, error.explain())
     if _watch.strict and not failing:
         raise error
+    log.warning("tenant %s: %s", tenant.id, error.explain())
 
 
 def _shown(place: list[traceback.FrameSummary] | None) -> str:

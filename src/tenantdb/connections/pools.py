@@ -416,9 +416,8 @@ def _application_frames() -> traceback.StackSummary:
     """Where the running code was called from, without SQLAlchemy's frames and ours. In asyncio the coroutine stands on another stack, that
     of the greenlet which waits for this one."""
 
-    def frames() -> Iterator[tuple[FrameType, int]]:
+    def frames(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
         stack: Any = getcurrent()
-        frame: FrameType | None = sys._getframe(2)
         while stack is not None:
             while frame is not None:
                 if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_APPLICATION:
@@ -427,6 +426,6 @@ def _application_frames() -> traceback.StackSummary:
             stack = stack.parent
             frame = None if stack is None else stack.gr_frame
 
-    place = traceback.StackSummary.extract(frames(), limit=_FRAMES, lookup_lines=False)
+    place = traceback.StackSummary.extract(frames(sys._getframe(1)), limit=_FRAMES, lookup_lines=False)
     place.reverse()
     return place
