@@ -129,8 +129,7 @@ class _Response:
                 tenant = environ["tenantdb.tenant"] = visit.tenant(names)
         act(ANONYMOUS if identity is None else identity.user, visit.request_id, visit.source)
         if tenant is not None:
-            self._binding = bind(tenant)
-            self._binding.activate()
+            self._binding = bind(tenant).__enter__()
         self._body = body = self._middleware.app(environ, self._start_response)
         files = environ.get("wsgi.file_wrapper")
         if type(body) in (list, tuple) or (isinstance(files, type) and isinstance(body, files)):
@@ -182,8 +181,9 @@ class _Response:
             if hasattr(body, "close"):
                 self._context.run(body.close)
         finally:
-            if self._binding is not None:
-                self._binding.closed = True
+            binding, self._binding = self._binding, None
+            if binding is not None:
+                self._context.run(binding.__exit__)
 
     def _refuse(self, error: TenantDBError) -> list[bytes]:
         self._begun = True
