@@ -31,7 +31,7 @@ from tenantdb import Tenant, TenantDB
 from tenantdb.connections import session as guard
 from tenantdb.errors import CrossTenantError
 from tests.conformance.app import markers, metadata, note, notes
-from tests.conformance.colours import Face, MakeFace
+from tests.conformance.colours import Face, MakeFace, MakeProcess
 from tests.conformance.conftest import Estate
 from tests.world import SQLiteWorld
 
@@ -458,6 +458,16 @@ async def test_a_session_goes_on_with_its_own_tenant_whatever_is_bound_later(fac
 # -- a session that does not know its tenant yet ----------------------------------------------------------------------------------------
 
 
+def test_where_the_tenant_is_not_known_by_its_id_yet_it_is_looked_up(process: MakeProcess, ours: Tenant, theirs: Tenant) -> None:
+    with process().session(ours) as session:
+        found = closed(session)
+    for way_in in (add, merge, merge_unseen, delete, refresh, bulk_save):
+        stranger = process()  # has not heard of the slug
+        with silence(stranger) as heard, stranger.session(theirs.slug) as session, pytest.raises(CrossTenantError):
+            way_in(session, found)
+        assert heard == []
+
+
 async def ask(session: Any) -> Any:
     return await session.execute(select(Note))
 
@@ -467,15 +477,14 @@ async def write(session: Any) -> Any:
 
 
 @pytest.mark.parametrize("first", [ask, write])
-async def test_where_the_tenant_is_not_known_by_its_id_yet_an_object_of_another_is_refused_at_the_first_sql(
-    make_face: MakeFace, ours: Tenant, theirs: Tenant, first: Callable[[Any], Any]
+async def test_in_asyncio_it_is_looked_up_before_the_first_sql_is_sent(
+    async_face: MakeFace, ours: Tenant, theirs: Tenant, first: Callable[[Any], Any]
 ) -> None:
-    found = await within(make_face(), ours, closed)
-    stranger = make_face()  # has not heard of the slug
+    found = await within(async_face(), ours, closed)
+    stranger = async_face()
     with silence(stranger.db) as heard:
         async with stranger.session(theirs.slug) as session:
-            taken = session.add(found)
-            assert taken is None or await taken is None
+            session.add(found)  # in no coroutine
             found.about = None
             for asked in (first, ask, ask):
                 with pytest.raises(CrossTenantError):
@@ -483,7 +492,7 @@ async def test_where_the_tenant_is_not_known_by_its_id_yet_an_object_of_another_
             with pytest.raises(CrossTenantError):
                 await session.merge(found)
     assert heard == []
-    refused(make_face().db, ours, theirs, found, add)  # it is still ours
+    refused(stranger.db, ours, theirs, found, add)  # it is still ours
     assert what_they_have(stranger.db, theirs) == [(1, theirs.slug)]
 
 

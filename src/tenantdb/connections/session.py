@@ -32,10 +32,11 @@ _RESERVED = ("bind", "binds", "sync_session_class", "twophase")
 class Pin:
     """Which tenant a session belongs to. Once the tenant is known it is known by id: a slug may pass to another tenant."""
 
-    __slots__ = ("_key", "_lookup", "_options", "leased")
+    __slots__ = ("_key", "_lookup", "_options", "is_async", "leased")
 
-    def __init__(self, key: str | UUID, lookup: EngineLookup, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, key: str | UUID, lookup: EngineLookup, options: dict[str, Any] | None = None, *, is_async: bool = False) -> None:
         self._key = key
+        self.is_async = is_async
         self._lookup = lookup
         self._options = options
         self.leased: Any = None  # the engine of the transaction under way
@@ -180,12 +181,14 @@ def pinned(session_class: Any) -> Any:
 
     @event.listens_for(made, "before_attach")
     def take(session: Any, mapped: Any) -> None:
-        """Whatever is added or deleted, and what it is related to. Where the tenant is not known yet, no SQL is sent before it is."""
-        state, tenant_id = instance_state(mapped), session._tenantdb_pin.known
-        if session._tenantdb_copying and owner_of(state) is None:
+        """Whatever is added or deleted, and what it is related to. In asyncio nothing can be looked up here: where the tenant is not known
+        by its id yet, that is made up for before SQL is sent."""
+        state, pin = instance_state(mapped), session._tenantdb_pin
+        owner = owner_of(state)
+        if owner is None and (state.key is None or session._tenantdb_copying):
             return
-        if tenant_id is not None:
-            refuse_foreign(state, tenant_id)
+        if pin.known is not None or not pin.is_async:
+            refuse_foreign(state, session._tenants_id())
 
     @event.listens_for(made, "deleted_to_detached")
     def part(session: Any, mapped: Any) -> None:
