@@ -44,8 +44,8 @@ class Actor:
 class Binding:
     """One tenant, or none, bound to one block. ``closed`` once the block has ended, for whoever inherited it.
 
-    A context manager of its own that can be entered step by step (`active`, and `end` at last): a generator's body, with the caller's code
-    in between. With an ``actor`` that one acts in it. ``leased``: what was leased in it and has not been given back.
+    A context manager of its own that can be entered step by step (`active`, and `end_steps` at last): a generator's body, with the
+    caller's code in between. With an ``actor`` that one acts in it. ``leased``: what was leased in it and has not been given back.
     """
 
     __slots__ = ("_actor", "_place", "_previous", "_previous_actor", "_runner", "_top", "closed", "leased", "tenant")
@@ -487,7 +487,7 @@ def watch_for_leftovers(*, strict: bool = True) -> Iterator[None]:
 
 
 def _report(binding: Binding, blocks: list[Binding], *, failing: bool) -> None:
-    leases = [(lease, lessor.left_behind(lease, binding)) for lease, lessor in binding.leased.items()]
+    leases = [(lease, lessor.left_behind(lease, binding)) for lease, lessor in list(binding.leased.items())]
     binding.leased.clear()
     places = [place for _, place in leases if place is not None]
     tenant = binding.tenant or (blocks[0].tenant if blocks else None)

@@ -11,6 +11,7 @@ import threading
 import wsgiref.util
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
-from tenantdb.context import act, acting, bind, bound_or_none, current_actor, current_tenant, unbind, unbound
+from tenantdb.context import _bound, act, acting, bind, bound_or_none, current_actor, current_tenant, unbind
 from tenantdb.errors import ConfigError, NoTenantBound, TenantContextClosed, TenantSuspended
 from tenantdb.model import Facts, Identity
 from tenantdb.wsgi import RegistryAuth, TenantMiddleware
@@ -281,9 +282,19 @@ class LeftByManagers:
     """A request whose context would be made by context managers, and that is never left."""
 
     def __init__(self) -> None:
-        self.entered = unbound()
+        self.entered = put_back()
         contextvars.copy_context().run(self.entered.__enter__)
         self.cycle = self
+
+
+@contextmanager
+def put_back() -> Iterator[None]:
+    """What was bound is bound again at the end: of the block, or of the generator, which the garbage collector closes."""
+    previous = _bound.get()
+    try:
+        yield
+    finally:
+        _bound.set(previous)
 
 
 def test_a_response_that_nobody_closes_disturbs_nobody(world: World) -> None:
