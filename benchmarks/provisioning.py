@@ -1,6 +1,6 @@
 """A new tenant, all included, against the bare copy of a database, and against the ways in which teams make one by hand.
 
-The schema is the clinic's: 13 tables in nine revisions. The cluster lies on the disk, with fsync on, as it does in production. What is made
+The schema is the clinic's: 13 tables in ten revisions. The cluster lies on the disk, with fsync on, as it does in production. What is made
 is dropped only with the server: dropping databases between creating them slows ext4 down, and would be measured.
 """
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -17,16 +18,24 @@ from tenantdb.asgi import RegistryAuth
 from tenantdb.fastapi import install
 
 
-def create_app(db: TenantDB | None = None, *, token_key: str | None = None, mailer: Mailer | None = None) -> FastAPI:
-    """The application over `db`, by default the one of db.py; `token_key` by default from CLINIC_TOKEN_KEY. Opens nothing yet."""
+def create_app(db: TenantDB | None = None, *, token_key: str | None = None, mailer: Mailer | None = None, worker: Any = None) -> FastAPI:
+    """The application over `db`, by default the one of db.py; `token_key` by default from CLINIC_TOKEN_KEY. Opens nothing yet.
+
+    `worker` is a Celery application to publish with, by default that of worker.py where CLINIC_BROKER_URL is set, or else none.
+    """
     if db is None:
         from examples.clinic.db import adb
     else:
         adb = AsyncTenantDB(db)
+    if worker is None and os.environ.get("CLINIC_BROKER_URL"):
+        from examples.clinic.worker import create_worker
+
+        worker = create_worker(adb.sync_db)
     tokens = access_tokens(token_key)
     app = FastAPI(title="Clinic", redoc_url=None, lifespan=adb.lifespan)
     app.state.tokens = tokens
     app.state.mailer = mailer or Outbox(os.environ.get("CLINIC_OUTBOX", "data/outbox"))
+    app.state.worker = worker
     install(app, adb, authenticate=RegistryAuth(tokens, adb), exempt=["/auth/*", "/healthz"])
     answers.install(app)
     app.include_router(auth.router)

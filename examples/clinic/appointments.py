@@ -14,9 +14,11 @@ from examples.clinic.store import Store, load
 
 class AppointmentStore(Store[Appointment]):
     def assign(self, session: Session, row: Appointment, values: Mapping[str, Any]) -> None:
-        """Items, where given, replace those that are there."""
+        """Items, where given, replace those that are there. Who was reminded of another time was not reminded of this one."""
         values = dict(values)
         items: list[dict[str, Any]] | None = values.pop("items", None)
+        if values.get("starts_at", row.starts_at) != row.starts_at:
+            row.reminded_at = None
         super().assign(session, row, values)
         if row.ends_at <= row.starts_at:
             raise Invalid("ends_at must be after starts_at")

@@ -186,6 +186,7 @@ class Appointment(Row):
     status: Mapped[str] = mapped_column(String(20), default="planned")
     reason: Mapped[str | None] = mapped_column(String(200))
     notes: Mapped[str | None] = mapped_column(Text)
+    reminded_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
     items: Mapped[list[AppointmentItem]] = relationship(order_by="AppointmentItem.position", cascade="all, delete-orphan", lazy="selectin")
 

@@ -1,7 +1,9 @@
-"""What the clinic refuses. The domain raises these without knowing of a web framework; api/answers.py turns them into responses."""
+"""What the clinic refuses. The domain raises these without knowing of a web framework; each front end turns them into responses:
+problem+json (RFC 9457), the shape in which tenantdb's own refusals are answered too."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 
@@ -14,6 +16,16 @@ class ClinicProblem(Exception):
     def __init__(self, title: str, **facts: Any) -> None:
         super().__init__(title)
         self.title, self.facts = title, facts
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {
+            "type": f"urn:clinic:problem:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "code": self.code,
+            **self.facts,
+        }
 
 
 class NotFound(ClinicProblem):
@@ -41,3 +53,10 @@ class Invalid(ClinicProblem):
 
     status = 422
     code = "invalid"
+
+
+def malformed(errors: Iterable[Mapping[str, Any]]) -> Invalid:
+    """Where the input is wrong and why, as pydantic says it, without the input: it may hold a password, or a patient's data, and would end
+    in somebody's log."""
+    told = [{"where": ".".join(str(part) for part in error["loc"]), "problem": error["msg"]} for error in errors]
+    return Invalid("the input is not valid", errors=told)

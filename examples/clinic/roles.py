@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from fastapi import Depends
+from typing import Literal
 
 from tenantdb import MemberRole
-from tenantdb.fastapi import require_role
 
 Action = Literal["read", "create", "update", "delete", "restore", "export", "erase"]
 
@@ -36,8 +33,3 @@ _TABLE: Mapping[str, tuple[frozenset[Action], ...]] = {
 def allowed(resource: str, action: Action) -> list[MemberRole]:
     """The roles that may take `action` on `resource`."""
     return [role for role, actions in zip(_ROLES, _TABLE[resource], strict=True) if action in actions]
-
-
-def may(resource: str, action: Action) -> Any:
-    """A route dependency that refuses every other role."""
-    return Depends(require_role(*allowed(resource, action)))

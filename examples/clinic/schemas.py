@@ -103,6 +103,12 @@ class Listing(Input):
         return self.model_dump(exclude={"limit", "offset"}, exclude_none=True)
 
 
+class Deletion(Input):
+    """How a row is to be deleted. ``permanent``: not hidden but erased, where that can be asked for."""
+
+    permanent: bool = False
+
+
 class Search(Listing):
     q: Annotated[str, Field(max_length=100), _NO_NUL] | None = Field(None, description="text to look for")
 
@@ -310,6 +316,7 @@ class AppointmentOut(Stored):
     status: str
     reason: str | None
     notes: str | None
+    reminded_at: datetime | None
     items: list[AppointmentItemOut]
 
 

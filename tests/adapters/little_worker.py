@@ -26,25 +26,11 @@ KEY = "a key for these tests of 32 bytes"
 TAMPER = Callable[[Message], object]
 
 
-class Shop:
-    """A Celery application on two tenants, and what its tasks saw: ``(label, slug of the bound tenant or None)`` in order."""
+class Loop:
+    """The broker and the worker of an application."""
 
-    def __init__(self, db: TenantDB, **options: Any) -> None:
-        self.db = db
-        self.acme, self.beta = db.tenants.get("acme"), db.tenants.get("beta")
-        self.app = new_app()
-        setup(self.app, db, **{"signing_key": KEY, **options})
-        self.seen: list[tuple[Any, str | None]] = []
-        self.actors: list[str] = []
-
-    def see(self, label: Any = None) -> None:
-        bound = bound_or_none()
-        self.seen.append((label, bound and bound.slug))
-        self.actors.append(current_actor().actor)
-
-    def task(self, **options: Any) -> Any:
-        """A task of this application alone: those of an ordinary one are registered with every other of the process as well."""
-        return self.app.task(shared=False, **options)
+    def __init__(self, app: Celery) -> None:
+        self.app = app
 
     # -- the broker --
 
@@ -77,6 +63,27 @@ class Shop:
     def state(self, task_id: str) -> tuple[str, Any]:
         result = self.app.AsyncResult(task_id)
         return result.state, result.result
+
+
+class Shop(Loop):
+    """A Celery application on two tenants, and what its tasks saw: ``(label, slug of the bound tenant or None)`` in order."""
+
+    def __init__(self, db: TenantDB, **options: Any) -> None:
+        super().__init__(new_app())
+        self.db = db
+        self.acme, self.beta = db.tenants.get("acme"), db.tenants.get("beta")
+        setup(self.app, db, **{"signing_key": KEY, **options})
+        self.seen: list[tuple[Any, str | None]] = []
+        self.actors: list[str] = []
+
+    def see(self, label: Any = None) -> None:
+        bound = bound_or_none()
+        self.seen.append((label, bound and bound.slug))
+        self.actors.append(current_actor().actor)
+
+    def task(self, **options: Any) -> Any:
+        """A task of this application alone: those of an ordinary one are registered with every other of the process as well."""
+        return self.app.task(shared=False, **options)
 
 
 def new_app(**conf: Any) -> Celery:

@@ -10,8 +10,9 @@ from fastapi import FastAPI
 
 from examples.clinic.app import create_app
 from examples.clinic.db import first_rows
+from examples.clinic.flask_app import create_app as create_flask_app
 from tenantdb import TenantDB
-from tests.clinic.people import TOKEN_KEY, Mails, Person, Reception
+from tests.clinic.people import TOKEN_KEY, Mails, Person, Reception, Threaded
 from tests.world import World
 
 
@@ -45,9 +46,20 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+@pytest.fixture(params=["fastapi"])
+async def front(request: pytest.FixtureRequest, client: httpx.AsyncClient, db: TenantDB) -> AsyncIterator[httpx.AsyncClient]:
+    """Where people go once they have signed up: `either_front` makes a module's tests run with both front ends."""
+    if request.param == "fastapi":
+        yield client
+        return
+    app = create_flask_app(db, token_key=TOKEN_KEY)
+    async with httpx.AsyncClient(transport=Threaded(app), base_url="http://clinic.test") as by_flask:
+        yield by_flask
+
+
 @pytest.fixture
-def reception(client: httpx.AsyncClient, db: TenantDB) -> Reception:
-    return Reception(client, db)
+def reception(client: httpx.AsyncClient, db: TenantDB, front: httpx.AsyncClient) -> Reception:
+    return Reception(client, db, front)
 
 
 @pytest.fixture

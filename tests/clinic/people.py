@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import pytest
 
 from tenantdb import TenantDB
 
@@ -19,12 +21,31 @@ class Mails:
 
     sent: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def send(self, to: str, subject: str, text: str) -> None:
+    def send(self, to: str, subject: str, text: str, *, key: str | None = None) -> None:
         self.sent.append((to, subject, text))
 
     def last_word(self, to: str) -> str:
         """The token or code at the end of the last mail to somebody."""
         return next(text for recipient, _, text in reversed(self.sent) if recipient == to).split()[-1]
+
+
+class Threaded(httpx.AsyncBaseTransport):
+    """A WSGI application under an asynchronous client, each request in a thread as with a server that has threads."""
+
+    def __init__(self, app: Any) -> None:
+        self._transport = httpx.WSGITransport(app)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        blocking = httpx.Request(request.method, request.url, headers=request.headers, content=request.content)
+        answer = await asyncio.to_thread(self._transport.handle_request, blocking)
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.read())
+
+
+either_front = pytest.mark.parametrize(
+    ("world", "front"), [("sqlite", "fastapi"), ("postgresql", "fastapi"), ("sqlite", "flask")], indirect=True
+)
+"""Both front ends; Flask on PostgreSQL is what test_servers has."""
 
 
 @dataclass
@@ -75,16 +96,17 @@ class Person:
 
 @dataclass
 class Reception:
-    """Where people sign up and in."""
+    """Where people sign up and in, before they go to the front end that the test is about."""
 
     client: httpx.AsyncClient
     db: TenantDB
+    front: httpx.AsyncClient
 
     async def sign_up(self, slug: str, **options: Any) -> Person:
         email = f"owner@{slug}.example"
         answer = await self.client.post("/auth/register", json=registration(slug, email), **options)
         assert answer.status_code == 201, answer.text
-        return Person(self.client, email, answer.json())
+        return Person(self.front, email, answer.json())
 
     async def sign_in(self, email: str, clinic: str | None = None) -> httpx.Response:
         return await self.client.post("/auth/login", json={"email": email, "password": PASSWORD, "clinic": clinic})
@@ -96,7 +118,7 @@ class Reception:
         self.db.memberships.add(user, clinic, role=role)
         answer = await self.sign_in(email)
         assert answer.status_code == 200, answer.text
-        return Person(self.client, email, answer.json())
+        return Person(self.front, email, answer.json())
 
 
 def registration(slug: str, owner: str, **clinic: Any) -> dict[str, Any]:

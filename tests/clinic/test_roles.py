@@ -1,17 +1,18 @@
-"""The table of roles, tried over HTTP, cell by cell."""
+"""The table of roles, tried over HTTP, cell by cell, at both front ends."""
 
 from __future__ import annotations
 
 import pytest
 
 from examples.clinic.roles import Action, allowed
-from tests.clinic.people import Person, Reception
+from tests.clinic.people import Person, Reception, either_front
 from tests.clinic.rows import CHANGES, RESOURCES, referred_to, sample
 
 ACTIONS: tuple[Action, ...] = ("read", "create", "update", "delete", "restore")
 REFUSED = 403
 
 
+@either_front
 @pytest.mark.parametrize("role", ["owner", "admin", "user", "readonly"])
 async def test_a_role_may_do_what_the_table_says_and_nothing_else(acme: Person, reception: Reception, role: str) -> None:
     ids = await referred_to(acme)
@@ -53,6 +54,7 @@ async def test_readonly_reads_everything_and_writes_nothing(acme: Person, recept
     assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(403, "role-required")] * 4
 
 
+@either_front
 async def test_the_role_that_counts_is_the_registry_s_and_not_the_token_s(acme: Person, reception: Reception) -> None:
     person = await reception.hire("acme-dental", "admin")
     reception.db.memberships.add(person.email, "acme-dental", role="readonly")

@@ -1,4 +1,4 @@
-"""The nine revisions and the models say the same: on a plain SQLite database, and in a clinic's on both backends."""
+"""The ten revisions and the models say the same: on a plain SQLite database, and in a clinic's on both backends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from examples.clinic.models import Base, Category, ConsentTemplate, Patient, Row
 from tenantdb import TenantDB
 from tests.world import World
 
-REVISIONS = [f"00{number}" for number in range(1, 10)]
+REVISIONS = [f"{number:03}" for number in range(1, 11)]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def shape(connection: sa.Connection) -> dict[str, set[str]]:
     }
 
 
-def test_there_are_nine_revisions_in_one_line() -> None:
+def test_there_are_ten_revisions_in_one_line() -> None:
     assert [script.revision for script in reversed(list(scripts().walk_revisions()))] == REVISIONS
 
 

@@ -3,34 +3,22 @@
 Without `from __future__ import annotations`: FastAPI must see the classes that the annotations name, and they are arguments here.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Response
-from sqlalchemy.orm import Session
 
-from examples.clinic.api.depends import Registry
-from examples.clinic.roles import allowed, may
-from examples.clinic.schemas import Page, Shapes
-from examples.clinic.store import Store
+from examples.clinic.api.depends import Registry, Worker, may
+from examples.clinic.resources import Resource
+from examples.clinic.roles import allowed
+from examples.clinic.schemas import Page
 from tenantdb.fastapi import AsyncTenantSession, AsyncTenantTransaction, CurrentIdentity, require_role
 
 
-def crud_router(
-    name: str,
-    store: Store[Any],
-    shapes: Shapes,
-    *,
-    audited: str | None = None,
-    erase: Callable[[Session, UUID], object] | None = None,
-) -> APIRouter:
-    """Routes under /`name`. Reads open a session, writes a transaction that is committed before the response leaves.
-
-    `audited` is what a row is called in the clinic's audit log. Then a read is a transaction too, and no row leaves the clinic's database
-    before it is written down there who asked for it. `erase` removes a row for ever, with all that belongs to it: DELETE with `permanent`.
-    """
-    create, update, out, listing = shapes.create, shapes.update, shapes.out, shapes.listing
+def crud_router(name: str, resource: Resource) -> APIRouter:
+    """Routes under /`name`. Reads open a session, writes a transaction that is committed before the response leaves."""
+    store, audited, erase = resource.store, resource.audited, resource.erase
+    create, update, out, listing = resource.shapes.create, resource.shapes.update, resource.shapes.out, resource.shapes.listing
     router = APIRouter(prefix=f"/{name}", tags=[name])
     Reading = AsyncTenantSession if audited is None else AsyncTenantTransaction
 
@@ -45,9 +33,10 @@ def crud_router(
         return {"items": rows, "total": total, "limit": query.limit, "offset": query.offset}  # type: ignore[attr-defined]
 
     @router.post("", dependencies=[may(name, "create")], response_model=out, status_code=201)
-    async def create_row(session: AsyncTenantTransaction, adb: Registry, data: create) -> Any:  # type: ignore[valid-type]
+    async def create_row(session: AsyncTenantTransaction, adb: Registry, worker: Worker, data: create) -> Any:  # type: ignore[valid-type]
         row = await session.run_sync(store.create, data)
         await note(adb, session, "create", row.id)
+        resource.announce(session, row.id, worker)
         return row
 
     @router.get("/{row_id}", dependencies=[may(name, "read")], response_model=out)

@@ -9,37 +9,18 @@ from fastapi import APIRouter, BackgroundTasks
 
 from examples.clinic import schemas
 from examples.clinic.api.crud import crud_router
-from examples.clinic.api.depends import CurrentMailer, Registry
-from examples.clinic.appointments import appointments
-from examples.clinic.consents import consents
+from examples.clinic.api.depends import CurrentMailer, Registry, may
 from examples.clinic.documents import documents
-from examples.clinic.models import Appointment, Category, ConsentTemplate, MedicalRecord, Patient, Practitioner, Product, Service
 from examples.clinic.patients import patients
-from examples.clinic.roles import may
-from examples.clinic.store import Store
+from examples.clinic.resources import RESOURCES
 from tenantdb.fastapi import AsyncTenantTransaction, CurrentTenant
-
-practitioners = Store(
-    Practitioner,
-    order=(Practitioner.last_name, Practitioner.first_name),
-    search=(Practitioner.first_name, Practitioner.last_name, Practitioner.specialty),
-)
-categories = Store(Category, order=(Category.name,), search=(Category.name, Category.description))
-products = Store(Product, order=(Product.name,), search=(Product.name, Product.sku), references={"category_id": Category})
-services = Store(Service, order=(Service.name,), search=(Service.name,), references={"category_id": Category})
-consent_templates = Store(ConsentTemplate, order=(ConsentTemplate.title,), search=(ConsentTemplate.title,))
-medical_records = Store(
-    MedicalRecord,
-    order=(MedicalRecord.recorded_at,),
-    search=(MedicalRecord.title, MedicalRecord.content),
-    references={"patient_id": Patient, "practitioner_id": Practitioner, "appointment_id": Appointment},
-)
 
 router = APIRouter(prefix="/api/v1")
 
 # -- patients, and the verification of their addresses ---------------------------------------------------------------------------------
 
-patient_routes = crud_router("patients", patients, schemas.PATIENT, audited="patient", erase=patients.erase)
+routes = {name: crud_router(name, resource) for name, resource in RESOURCES.items()}
+patient_routes, document_routes = routes["patients"], routes["documents"]
 
 
 @patient_routes.get("/{row_id}/export", dependencies=[may("patients", "export")], response_model=schemas.PatientFile)
@@ -71,8 +52,6 @@ async def confirm_code(session: AsyncTenantTransaction, adb: Registry, row_id: U
 
 # -- quotes and invoices ---------------------------------------------------------------------------------------------------------------
 
-document_routes = crud_router("documents", documents, schemas.DOCUMENT)
-
 
 @document_routes.post("/{row_id}/invoice", dependencies=[may("documents", "create")], response_model=schemas.DocumentOut, status_code=201)
 async def invoice_quote(session: AsyncTenantTransaction, row_id: UUID) -> Any:
@@ -82,13 +61,5 @@ async def invoice_quote(session: AsyncTenantTransaction, row_id: UUID) -> Any:
 
 # -- everything -------------------------------------------------------------------------------------------------------------------------
 
-router.include_router(patient_routes)
-router.include_router(crud_router("practitioners", practitioners, schemas.PRACTITIONER))
-router.include_router(crud_router("appointments", appointments, schemas.APPOINTMENT))
-router.include_router(crud_router("medical-records", medical_records, schemas.MEDICAL_RECORD, audited="medical_record"))
-router.include_router(document_routes)
-router.include_router(crud_router("consents", consents, schemas.CONSENT))
-router.include_router(crud_router("consent-templates", consent_templates, schemas.CONSENT_TEMPLATE))
-router.include_router(crud_router("products", products, schemas.PRODUCT))
-router.include_router(crud_router("services", services, schemas.SERVICE))
-router.include_router(crud_router("categories", categories, schemas.CATEGORY))
+for made in routes.values():
+    router.include_router(made)
