@@ -49,7 +49,7 @@ def make_db(world: World) -> TenantDB:
 
     One connection per tenant, as the best of the engine caches: where one process is busy with Python, a second one gains nothing.
     """
-    own = Settings.model_fields["registry_pool_size"].default
+    own = Settings.model_fields["registry_pool_size"].default + 1  # one that listens
     return world.open(budget=Budget(connections=LIMIT + own, processes=1, per_tenant=1, background=0, administration=0))
 
 

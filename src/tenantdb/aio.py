@@ -36,8 +36,9 @@ _THREADS = 8
 class AsyncTenantDB:
     """A view of a `TenantDB` (`sync_db`): same registry, same settings, same names, awaited.
 
-    ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens``, ``spares`` and ``audit`` have the methods of the synchronous
-    ones, awaited, in a worker thread; ``audit.record`` alone runs in the event loop, in the session that it is given.
+    ``tenants``, ``servers``, ``users``, ``memberships``, ``refresh_tokens``, ``domains``, ``revocations``, ``spares`` and ``audit`` have
+    the methods of the synchronous ones, awaited, in a worker thread; ``audit.record`` alone runs in the event loop, in the session that
+    it is given.
     """
 
     def __init__(self, db: TenantDB, *, session_class: type[AsyncSession] = AsyncSession) -> None:
@@ -50,6 +51,8 @@ class AsyncTenantDB:
         self.users = _Awaited(db.users, self._manage.run)
         self.memberships = _Awaited(db.memberships, self._manage.run)
         self.refresh_tokens = _Awaited(db.refresh_tokens, self._manage.run)
+        self.domains = _Awaited(db.domains, self._manage.run)
+        self.revocations = _Awaited(db.revocations, self._manage.run)
         self.audit = _AwaitedTrail(db.audit, self._manage.run)
         self.provision = _awaited(db.provision, self._work)
         self.suspend = _awaited(db.suspend, self._work)
@@ -139,9 +142,11 @@ class AsyncTenantDB:
 
     @asynccontextmanager
     async def lifespan(self, app: Any = None) -> AsyncIterator[None]:
-        """An ASGI lifespan: refuses to start without a usable registry, and closes at the end. ``FastAPI(lifespan=adb.lifespan)``."""
+        """An ASGI lifespan: refuses to start without a usable registry, watches it (`TenantDB.watch`), and closes at the end.
+        ``FastAPI(lifespan=adb.lifespan)``."""
         await self._manage.run(self.sync_db.ping)
         await self._manage.run(self.sync_db._compare_at_start)
+        self.sync_db.watch()
         try:
             yield
         finally:

@@ -22,6 +22,7 @@ from tenantdb.context import acting, bind, unbound
 from tenantdb.database import TenantDB
 from tenantdb.errors import TenantDBError
 from tenantdb.model import Facts, Identity, Tenant
+from tenantdb.registry.changes import Change
 from tenantdb.requests import Gate, Problem, host_name
 from tenantdb.resolvers import Resolver, TenantName
 
@@ -154,10 +155,11 @@ class _Socket:
         self._incoming: asyncio.Future[Message] | None = None
         self._refused = False
         identity = visit._identity
-        mine = {str(tenant.id) if tenant else "", identity.user if identity else ""} - {""}
+        mine, me = tenant and tenant.id, identity and identity.user
 
-        def changed(kind: str, *ids: object) -> None:  # in the thread that heard of it
-            if not ids or mine.intersection(map(str, ids)):
+        def changed(change: Change) -> None:  # in the thread that heard of it
+            whose = change.tenant_id, change.user_id and str(change.user_id)
+            if whose == (None, None) or mine == whose[0] is not None or me == whose[1] is not None:
                 loop.call_soon_threadsafe(self._changed.set)
 
         self._unsubscribe = visit.db._registry.changes.subscribe(changed)

@@ -57,7 +57,7 @@ class Visit:
         given = self.facts.headers.get("x-request-id")
         return given if given is not None and _REQUEST_ID.fullmatch(given) else None
 
-    # -- who -----------------------------------------------------------------------------------------------------------------------------
+    # -- who ---------------------------------------------------------------------------------------------------------------------------
 
     def identify(self) -> Identity | None:
         """Who makes the request; asked once. On an exempt route nobody has asked before somebody calls this."""
@@ -79,7 +79,7 @@ class Visit:
                 self._identity = await found if inspect.isawaitable(found) else found
         return self._identity
 
-    # -- which tenant ----------------------------------------------------------------------------------------------------------------------
+    # -- which tenant ------------------------------------------------------------------------------------------------------------------
 
     def tenant(self, names: Sequence[TenantName]) -> Tenant:
         """The one tenant that all names are of, if it may be served. Raises: `TenantMismatch`, and what `TenantDB.resolve` raises."""
@@ -114,7 +114,7 @@ class Visit:
         if (identity and identity.user) != (before and before.user) or (tenant and tenant.id) != (bound and bound.id):
             raise InvalidToken("the credentials are somebody else's by now")
 
-    # -- what is answered --------------------------------------------------------------------------------------------------------------------
+    # -- what is answered --------------------------------------------------------------------------------------------------------------
 
     def answer(self, error: TenantDBError) -> Problem:
         """What the client is told of an error, after the log has been told more, and the audit log that somebody was refused."""

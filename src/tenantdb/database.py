@@ -23,7 +23,7 @@ from tenantdb.connections.session import Pin, check_session_options, pinned
 from tenantdb.context import TenantContext, pinned_key
 from tenantdb.model import BudgetStats, NewUser, Subscription, Tenant, TenantState, User
 from tenantdb.provisioning.hooks import Hooks
-from tenantdb.registry import Registry
+from tenantdb.registry import Change, Registry
 from tenantdb.registry.secrets import Keyring
 from tenantdb.resolvers import tenant_key
 from tenantdb.settings import Settings
@@ -97,14 +97,17 @@ class TenantDB:
         self._locator = Locator(self._registry, self.settings)
         self._lookups = Lookups(self._registry, self._locator)
         self._engines = Engines(self._locator, self.settings, self._registry.quarantine)
+        self._registry.changes.subscribe(self._retire_outdated)
         self._hooks = Hooks()
         self._pinned: Any = pinned(cast("Any", session_class))
         self.tenants = self._registry.tenants
         self.servers = self._registry.servers
         self.users = self._registry.users
         self.memberships = self._registry.memberships
+        self.domains = self._registry.domains
+        self.revocations = self._registry.revocations
         self.refresh_tokens = self._registry.refresh_tokens
-        self.audit = AuditTrail(self._registry, self._lookup_engine)
+        self.audit = AuditTrail(self._registry, self._lookup_unpaid)
 
     @classmethod
     def from_env(
@@ -122,7 +125,8 @@ class TenantDB:
         """A session of the application's class on the tenant's database. It does not commit by itself.
 
         The tenant is fixed now; it is refused now where its record is in memory, and at the latest when SQL is first sent.
-        Raises: `NoTenantBound`, `TenantAlreadyBound`, `InvalidTenantKey`, `TenantNotFound`, `TenantSuspended`, `TenantNotReady`.
+        Raises: `NoTenantBound`, `TenantAlreadyBound`, `InvalidTenantKey`, `TenantNotFound`, `TenantSuspended`, `TenantNotReady`,
+        `SubscriptionExpired`.
         """
         return self._session(tenant, None, options)
 
@@ -173,7 +177,7 @@ class TenantDB:
         return listener
 
     def resolve(self, tenant: TenantKey) -> Tenant:
-        """The tenant, if it may be served. Raises: `TenantNotFound`, `TenantSuspended`, `TenantNotReady`, `RegistryUnavailable`."""
+        """The tenant, if it may be served. Raises: what `session` raises of a tenant, and `RegistryUnavailable`."""
         return self._lookups.servable(tenant_key(tenant))
 
     def for_each(
@@ -195,6 +199,11 @@ class TenantDB:
     def _lookup_engine(self, key: str | UUID) -> tuple[UUID, Engine]:
         record = self._lookups.record(key)
         return record.tenant.id, self._engines.engine_of(record, key)
+
+    def _lookup_unpaid(self, key: str | UUID) -> tuple[UUID, Engine]:
+        """For reading the audit log, which is owed to people that the tenant's subscription is not about."""
+        record = self._lookups.record(key)
+        return record.tenant.id, self._engines.engine_of(record, key, unpaid=True)
 
     # -- one tenant's life -------------------------------------------------------------------------------------------------------------
 
@@ -221,8 +230,8 @@ class TenantDB:
         request returns the same tenant; ``exist_ok`` returns whatever has the slug, for scripts. After an error the same call continues
         where it stopped. In a process without a provisioner the tenant comes back in state ``provisioning`` and `work` makes it elsewhere.
 
-        Raises: `InvalidSlug` before any SQL; `TenantExists`, `UserExists`, `InvalidUser`; `ProvisioningError`, after which the tenant is
-        ``failed`` with its reason.
+        Raises: `InvalidSlug` before any SQL; `TenantExists`, `UserExists`, `InvalidUser`; `RateLimited`, in requests alone;
+        `ProvisioningError`, after which the tenant is ``failed`` with its reason.
         """
         return self._provisioner.provision(
             slug,
@@ -542,6 +551,19 @@ class TenantDB:
         for name, url in self.settings.provisioners.items():
             if name not in known:
                 self.servers.add(name, backend=url.backend, host=url.host, port=url.port, path=url.path and os.path.abspath(url.path))
+
+    def watch(self) -> None:
+        """Follow what other processes do to the registry: by notices on PostgreSQL, within milliseconds, and everywhere by comparing what
+        is in use every ``cache_ttl / 2`` seconds, after which no request looks up what it knows.
+
+        Starts one thread, and on PostgreSQL one connection to the registry, until `close`; while they run a call costs nothing. After a
+        fork the next call starts them in the child. Never waits for the registry, and raises nothing when it is out of reach.
+        """
+        self._registry.watch()
+
+    def _retire_outdated(self, change: Change) -> None:
+        if change.tenant_id is not None and change.generation is not None:
+            self._engines.forget(change.tenant_id, before=change.generation)
 
     def ping(self) -> None:
         """Ask the registry one question. Raises: `RegistryError` and its kin, `SecretKeyError` where the keys are not the registry's."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any, ClassVar
 
 from tenantdb.model import BudgetStats
@@ -232,6 +233,34 @@ class TenantExists(TenantError):
         )
 
 
+class InvalidDomain(TenantDBError):
+    """The host name cannot be a tenant's domain. Facts: ``domain`` (shortened), ``rule``."""
+
+    code = "invalid-domain"
+    http_status = 422
+
+    def __init__(self, domain: str, rule: str) -> None:
+        super().__init__(domain, rule)
+        self.domain, self.rule = domain, rule
+
+    def explain(self) -> str:
+        return f"{self.domain!r} cannot be a tenant's domain: {self.rule}"
+
+
+class DomainTaken(TenantDBError):
+    """The domain leads to another tenant already. Whoever asked is not told to which."""
+
+    code = "domain-taken"
+    http_status = 409
+
+    def __init__(self, domain: str) -> None:
+        super().__init__(domain)
+        self.domain = domain
+
+    def explain(self) -> str:
+        return f"the domain {self.domain!r} belongs to another tenant. Whoever runs the installation can remove it there"
+
+
 class TenantSuspended(TenantError):
     """The tenant is suspended: its data is kept, nothing is served."""
 
@@ -265,17 +294,24 @@ class TenantNotReady(TenantError):
 
 
 class SubscriptionExpired(TenantError):
-    """The tenant's subscription is past due or cancelled, and the application's policy refuses it then. Fact: ``subscription``."""
+    """The tenant's subscription is past due, cancelled or run out, and the application's policy (``past_due``) refuses what was asked for
+    then: everything, or what writes. Facts: ``subscription``; ``expired_at``, where it ran out."""
 
     code = "subscription-expired"
     http_status = 402
 
-    def __init__(self, tenant: str, subscription: str) -> None:
-        TenantDBError.__init__(self, tenant, subscription)
-        self.tenant, self.subscription = tenant, subscription
+    def __init__(self, tenant: str, subscription: str, expired_at: datetime | None = None) -> None:
+        TenantDBError.__init__(self, tenant, subscription, expired_at)
+        self.tenant, self.subscription, self.expired_at = tenant, subscription, expired_at
 
     def explain(self) -> str:
-        return f"the subscription of tenant {self.tenant!r} is {self.subscription}; `tenantdb update {self.tenant} --subscription active`"
+        told = f"the subscription of tenant {self.tenant!r} is {self.subscription}"
+        if self.expired_at is None:
+            return f"{told}. When it is paid, say so: `tenantdb update {self.tenant} --subscription active`"
+        return (
+            f"{told} and ran out at {self.expired_at:%Y-%m-%d %H:%M} UTC. When it is paid, say until when:"
+            f" `tenantdb update {self.tenant} --subscription active --subscription-expires-at ...`"
+        )
 
 
 class IllegalTransition(TenantError):

@@ -48,8 +48,8 @@ def install(
 
     Adds `TenantMiddleware` with these arguments, answers errors of tenantdb with problem documents, puts ``adb`` into
     ``app.state.tenantdb``, exempts the documentation's own routes, and describes the bearer token and the problem documents in the OpenAPI
-    document, so that the Authorize button of ``/docs`` works. Middleware added later stands outside: add ``CORSMiddleware`` after this call, so that refusals
-    carry its headers and preflights never get here.
+    document, so that the Authorize button of ``/docs`` works. Middleware added later stands outside: add ``CORSMiddleware`` after this
+    call, so that refusals carry its headers and preflights never get here.
     """
     documentation = [app.docs_url, app.redoc_url, app.openapi_url, app.swagger_ui_oauth2_redirect_url if app.docs_url else None]
     routes = [*exempt, *(f"GET {path}" for path in documentation if path)]

@@ -133,6 +133,15 @@ class Tenant:
         """Whether sessions may be opened for this tenant."""
         return self.state is TenantState.ACTIVE
 
+    def is_past_due(self, now: datetime) -> bool:
+        """Whether the subscription is not paid for: past due, or run out (``subscription_expires_at``), whatever else it is. One that was
+        cancelled is paid for until it runs out, where a time for that is known."""
+        if self.subscription_expires_at is not None and self.subscription_expires_at <= now:
+            return True
+        return self.subscription == Subscription.PAST_DUE or (
+            self.subscription == Subscription.CANCELLED and self.subscription_expires_at is None
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
@@ -213,6 +222,15 @@ class Membership:
     tenant_id: UUID
     role: MemberRole
     version: int = 1
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """A host name by which a tenant is reached, beside the application's own."""
+
+    domain: str
+    tenant_id: UUID
     created_at: datetime | None = None
 
 

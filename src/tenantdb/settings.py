@@ -328,6 +328,16 @@ class Settings(BaseModel):
     log in as these roles."""
     spares: int = Field(0, ge=0)
     """Databases that a worker keeps ready on each server, migrated, for whoever signs up next."""
+    signups_per_actor: int = Field(20, ge=0)
+    """Tenants that one actor may sign up in an hour: a user, or where nobody had to say who he is, one address. As many at once, then one
+    whenever that part of an hour has passed. 0 means no limit. Only requests are limited, not the command line, scripts or workers."""
+    signups: int = Field(1000, ge=0)
+    """The same for all actors together."""
+    unfinished_signups: int = Field(200, ge=0)
+    """Tenants that may be unfinished, ``provisioning`` or ``failed``, before nobody signs up any more. 0 means no limit."""
+    past_due: Literal["allow", "readonly", "refuse"] = "allow"
+    """What becomes of tenants whose subscription is past due, cancelled or run out: served as ever, served with sessions that only read, or
+    refused with `SubscriptionExpired`. See `Tenant.is_past_due`."""
     retention: float = Field(30.0, ge=0)
     """Days for which a deleted tenant can be restored. Before they are over it is purged only with ``immediately=True``."""
     backup_retention: float = Field(35.0, ge=0)
@@ -338,7 +348,8 @@ class Settings(BaseModel):
     budget: Annotated[Budget, BeforeValidator(Budget.parse)] = Field(default_factory=Budget)
     """How many connections to each database server all tenants together may hold; see `Budget`. In the environment as JSON."""
     registry_pool_size: int = Field(3, ge=1)
-    """Connections that one process holds to the registry. On a server that also holds tenants they count in its budget."""
+    """Connections that one process holds to the registry, beside one that listens. On a server that also holds tenants they count in its
+    budget."""
     connect_timeout: int = Field(5, ge=2)
     """Seconds until an unanswered connect fails; libpq's smallest is 2."""
     statement_timeout: float = Field(30.0, ge=0)
@@ -348,9 +359,10 @@ class Settings(BaseModel):
     idle_in_transaction_timeout: float = Field(60.0, ge=0)
     """Seconds that a transaction may sit idle before the server ends it; 0 means for ever."""
     cache_size: int = Field(10_000, ge=1)
-    """Tenant records kept in memory, and again as many unknown names."""
+    """Tenant records kept in memory, and again as many unknown names; as many standings of users, and domains."""
     cache_ttl: float = Field(5.0, gt=0, le=5)
-    """Seconds that a tenant record is believed: how long another process may serve a tenant after it was suspended here."""
+    """Seconds that a tenant record is believed without being compared: how long another process may serve a tenant after it was suspended
+    here."""
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -34,8 +34,8 @@ class TenantMiddleware:
 
     Arguments, verdicts and answers are those of `tenantdb.asgi.TenantMiddleware`; ``authenticate`` is an ordinary function here. The
     application finds the tenant by ``current_tenant()`` and in ``environ["tenantdb.tenant"]``, and who asks in
-    ``environ["tenantdb.identity"]``; both are None where there is none. An error of tenantdb that the application raises before the first piece of its body becomes a problem
-    document.
+    ``environ["tenantdb.identity"]``; both are None where there is none. An error of tenantdb that the application raises before the first
+    piece of its body becomes a problem document.
     """
 
     def __init__(

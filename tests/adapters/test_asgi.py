@@ -558,8 +558,7 @@ async def test_a_state_that_a_server_shares_between_requests_is_not_written_to(w
 def websockets(world: World, **options: Any) -> TenantMiddleware:
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
-        while True:
-            question = await websocket.receive_text()
+        async for question in websocket.iter_text():  # until it is closed
             async with world.adb.session() as session:
                 await websocket.send_text(f"{question} {current_tenant().slug} {await session.scalar(select(Patient.name))}")
 

@@ -31,6 +31,7 @@ from tenantdb.fastapi import (
     require_role,
 )
 from tenantdb.model import MemberRole
+from tenantdb.resolvers import subdomain
 from tests.adapters.world import Answer, Patient, WebSocketPeer, World, request
 
 
@@ -374,6 +375,33 @@ async def test_the_documentation_works_in_the_first_minute_and_can_sign_in(world
     assert not asks["/public"] and not asks["/auth/tenant/{slug}"]
     assert (await request(app, "/openapi.json")).json == schema
     assert (await request(app, "/docs", method="POST")).status == 401
+
+
+async def test_the_documentation_tells_what_is_refused_unless_a_route_tells_it_itself(world: World) -> None:
+    app = clinic(world)
+
+    @app.get("/own", responses={403: {"description": "mine"}})
+    async def own() -> None: ...
+
+    operations = (await request(app, "/openapi.json")).json["paths"]
+    assert set(operations["/patients"]["get"]["responses"]) == {"200", "401", "402", "403", "503"}
+    assert operations["/patients"]["get"]["responses"]["401"]["content"] == {
+        "application/problem+json": {"schema": {"$ref": "#/components/schemas/TenantProblem"}}
+    }
+    assert operations["/own"]["get"]["responses"]["403"] == {"description": "mine"}
+    assert set(operations["/public"]["get"]["responses"]) == {"200"}
+
+
+async def test_pages_that_are_anybodys_are_found_by_their_host_alone(world: World) -> None:
+    app = clinic(world, authenticate=None, resolver=subdomain("clinic.example"), exempt=[])
+
+    found = await request(app, "/patients", {"host": "acme.clinic.example"})
+    assert (found.status, found.json) == (200, ["acme"])
+    assert (await request(app, "/patients", {"host": "initech.clinic.example"})).json["code"] == "tenant-not-found"
+    assert (await request(app, "/patients", {"host": "clinic.example"})).status == 404
+    assert (await request(app, "/me", {"host": "acme.clinic.example"})).status == 401
+    schema = (await request(app, "/openapi.json")).json
+    assert "404" in schema["paths"]["/patients"]["get"]["responses"] and "security" not in schema["paths"]["/patients"]["get"]
 
 
 async def test_documentation_that_is_switched_off_is_not_exempt(world: World) -> None:

@@ -23,7 +23,7 @@ from tests.conformance.colours import Face
 from tests.world import PostgreSQLWorld, eventually
 
 HERE = text("SELECT current_database()")
-REGISTRY_POOL = int(Settings.model_fields["registry_pool_size"].default)
+REGISTRY_POOL = int(Settings.model_fields["registry_pool_size"].default) + 1  # one that listens
 MAX_CONNECTIONS = 200
 PATIENCE = 10.0  # seconds until what has not come to rest never will
 

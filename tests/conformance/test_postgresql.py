@@ -6,8 +6,10 @@ import dataclasses
 import logging
 import re
 import socket
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +25,8 @@ from tenantdb.registry.tables import servers, tenants
 from tests.conformance.app import NOTES, note
 from tests.conformance.colours import Clock, Face, MakeFace, MakeProcess
 from tests.conformance.conftest import Estate
-from tests.world import PostgreSQLWorld
+from tests.conformance.watching import restrict, settled
+from tests.world import PostgreSQLWorld, eventually
 
 pytestmark = pytest.mark.parametrize("world", ["postgresql"], indirect=True, scope="session")
 
@@ -297,3 +300,119 @@ def test_no_secret_shows_in_any_log_line_repr_or_error(
     assert "CREATE" in caplog.text or "INSERT" in caplog.text
     assert [canary for canary in canaries if canary in everything] == []
     assert world.provisioner in everything  # and the search sees what is there
+
+
+# -- notices ---------------------------------------------------------------------------------------------------------------------------
+
+
+def listeners(estate: Estate) -> list[int]:
+    """The backends that listen to the shared registry."""
+    assert isinstance(estate.world, PostgreSQLWorld)
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND query LIKE 'LISTEN%%' AND application_name LIKE 'tenantdb/%%'"
+    return [pid for (pid,) in estate.world.superuser.execute(query, [estate.db.settings.url.database]).fetchall()]
+
+
+def test_a_lost_ear_is_opened_again_and_what_was_missed_meanwhile_is_found(
+    estate: Estate, fresh: Tenant, process: MakeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = process()
+    restrict(there, "notices")
+    really, let, tries = there._registry._watcher._listen, threading.Event(), []
+
+    def listen() -> Any:
+        if tries and not let.is_set():
+            tries.append("refused")
+            raise errors.RegistryUnavailable("nothing listens there")
+        tries.append("let in")
+        return really()
+
+    there._registry._watcher._listen = listen
+    settled(there, "notices")
+    assert there.resolve(fresh.id).servable
+    [pid] = listeners(estate)
+
+    with caplog.at_level(logging.INFO, "tenantdb.registry"):
+        estate.world.superuser.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])  # type: ignore[attr-defined]
+        eventually(lambda: tries.count("refused") >= 3)
+        estate.db.suspend(fresh.id)
+        assert there.resolve(fresh.id).servable  # the twin: nobody has told it
+        let.set()
+        with_error = pytest.raises(errors.TenantSuspended)
+        eventually(lambda: is_refused(there, fresh))
+        with with_error:
+            there.resolve(fresh.id)
+    said = [record for record in caplog.records if "cannot be listened to" in record.getMessage()]
+    assert [record.levelname for record in said] == ["WARNING", "INFO"]  # once, however often it was tried
+    assert len(listeners(estate)) == 1
+    there.close()
+    eventually(lambda: listeners(estate) == [])
+
+
+def is_refused(db: TenantDB, tenant: Tenant) -> bool:
+    try:
+        return not db.resolve(tenant.id).servable
+    except errors.TenantSuspended:
+        return True
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+def test_a_look_up_that_was_overtaken_by_a_notice_looks_again(estate: Estate, fresh: Tenant, process: MakeProcess, told: bool) -> None:
+    there = process()
+    restrict(there, "notices" if told else "nothing")
+    settled(there, "notices" if told else "nothing")
+    registry, really = there._registry, there._registry.tenants.record
+    read, go, heard = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(key: Any) -> Any:
+        record = really(key)
+        if not read.is_set():
+            read.set()
+            assert go.wait(20)
+        return record
+
+    registry.tenants.record = slowly  # type: ignore[method-assign]
+    registry.changes.subscribe(lambda change: heard.set() if change.tenant_id == fresh.id else None)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(is_refused, there, fresh)
+        assert read.wait(20)  # the old record is on its way
+        estate.db.suspend(fresh.id)
+        if told:
+            assert heard.wait(20)
+        go.set()
+        assert answer.result(20) is told  # the twin: not told, it returns what it has read, and remembers it
+    assert is_refused(there, fresh) is told
+
+
+def test_a_record_that_landed_before_the_notice_is_forgotten_by_it(estate: Estate, fresh: Tenant, process: MakeProcess) -> None:
+    there = process()
+    restrict(there, "notices")
+    settled(there, "notices")
+    assert not is_refused(there, fresh)
+
+    estate.db.suspend(fresh.id)
+
+    eventually(lambda: is_refused(there, fresh))
+
+
+def test_a_registry_that_is_out_of_reach_ends_nothing_but_what_is_believed(estate: Estate, fresh: Tenant, process: MakeProcess) -> None:
+    there = process(cache_ttl=0.3)
+    settled(there, "notices")
+    assert there.resolve(fresh.id).servable
+    there._registry._transactions.close()
+    really = there._registry._transactions.engine.raw_connection
+
+    def down(*args: Any, **kwargs: Any) -> Any:
+        raise errors.RegistryUnavailable("nothing listens there")
+
+    there._registry._transactions.engine.raw_connection = down  # type: ignore[method-assign]
+    eventually(lambda: isinstance(_outcome(there, fresh), errors.RegistryUnavailable), within=60)
+    there._registry._transactions.engine.raw_connection = really  # type: ignore[method-assign]
+    eventually(lambda: _outcome(there, fresh) is None)
+
+
+def _outcome(db: TenantDB, tenant: Tenant) -> Exception | None:
+    try:
+        db.resolve(tenant.id)
+    except errors.TenantDBError as error:
+        return error
+    return None

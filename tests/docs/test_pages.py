@@ -35,6 +35,10 @@ IN_THE_SHOP = [
     "howto/audit.md",
     "howto/lifecycle.md",
     "howto/export-and-clone.md",
+    "howto/sign-ups.md",
+    "howto/subscriptions.md",
+    "howto/domains.md",
+    "howto/revoke.md",
 ]
 
 

@@ -780,7 +780,7 @@ def test_a_flood_of_unknown_tenants_takes_no_more_of_the_registry_than_its_pool_
 
         cache = web._registry._cache
         assert 1 <= peak <= 3
-        assert len(cache._missing) <= 50 and len(cache._entries) == 1 and not cache._flights._flights
+        assert len(cache._missing) <= 50 and len(cache._records) == 1 and not cache._flights._flights
         assert [stats.held for stats in web.stats()] == [1]
         assert lines(web, "known") == []
 

@@ -63,14 +63,14 @@ def test_a_strict_budget_that_the_server_does_not_have_is_a_problem(make: Callab
 def test_a_registry_on_the_server_under_another_name_is_counted_on_top(
     make: Callable[..., TenantDB], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tight = {"budget": Budget(connections=THERE - 5, processes=2), "registry_pool_size": 3}
+    tight = {"budget": Budget(connections=THERE - 7, processes=2), "registry_pool_size": 3}
     assert about(make(**tight), "max_connections") == []  # the same address: inside the budget
 
     monkeypatch.setattr(check, "registry_is_on", lambda *_: False)  # what the addresses say; the server itself is asked as well
     (found,) = about(make(**tight), "max_connections")
 
     assert f"are {THERE + 1} connections, and the server has {THERE}" in found.text
-    assert "registry_pool_size=3 in budget.processes=2" in found.text and "another name" in found.text
+    assert "registry_pool_size=3 and one that listens in budget.processes=2" in found.text and "another name" in found.text
 
 
 def test_the_second_login_of_the_registry_is_counted_once(small_world: PostgreSQLWorld) -> None:

@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import psycopg
 import pytest
 
-from tenantdb.testing.postgres import EmbeddedServer
+from tenantdb.errors import ConfigError
+from tenantdb.testing import places
+from tests.integration.project import Borrowed, borrowed, make, run
+from tests.world import eventually
+
+__all__ = ["borrowed"]
 
 pytest_plugins = ["pytester"]
 
-APPLICATION = """
-import pytest
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from tenantdb import TenantDB
-
-class Base(DeclarativeBase): ...
-
-class Patient(Base):
-    __tablename__ = "patients"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-
-class Ours(Session): ...
-
-db = TenantDB("sqlite:///nobody/opens/this.sqlite3", migrations="schema", session_class=Ours, session_options={"autoflush": False})
-
-@db.seed
-def first(session, tenant):
-    session.add(Patient(id=1, name=tenant.slug))
-"""
-CONFTEST = """
-import pytest
-pytest_plugins = ["tenantdb.testing.plugin"]
-
-@pytest.fixture(scope="session")
-def tenant_db_app():
-    from application import db
-    return db
-
-@pytest.fixture(scope="session")
-def tenant_db_settings():
-    return {"registry_pool_size": 2}
-"""
-ENVIRONMENT = """
-from application import Base, db
-from tenantdb.migrations import run_env
-run_env(db, target_metadata=Base.metadata)
-"""
-REVISION = """
-import sqlalchemy as sa
-from alembic import op
-revision, down_revision = "1", None
-def upgrade():
-    op.create_table("patients", sa.Column("id", sa.Integer, primary_key=True), sa.Column("name", sa.String, nullable=False))
-"""
 TESTS = """
 import pytest
 from sqlalchemy import select
@@ -108,19 +69,7 @@ def test_and_nothing_of_it_is_left(tenant_db, tenant):
 
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A user's project with an application, migrations and tests."""
-    pytester.makepyfile(application=APPLICATION, test_application=TESTS, test_shared=SHARED)
-    pytester.makeconftest(CONFTEST)
-    versions = pytester.mkdir("schema") / "versions"
-    versions.mkdir()
-    (versions / "1_patients.py").write_text(REVISION)
-    (versions.parent / "env.py").write_text(ENVIRONMENT)
-    pytester.makeini("[pytest]\nfilterwarnings = error\npythonpath = .\n")
-    return pytester
-
-
-def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return project.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:asyncio", *arguments, timeout=100)
+    return make(pytester, test_application=TESTS, test_shared=SHARED)
 
 
 def test_the_fixtures_work_on_sqlite_where_nothing_is_said(project: pytest.Pytester) -> None:
@@ -132,17 +81,96 @@ def test_the_fixtures_work_on_a_postgresql_that_is_started_for_the_run(project: 
     run(project, "--tenantdb=postgresql").assert_outcomes(passed=6)
 
 
-def test_the_fixtures_work_on_a_server_that_is_there_and_leave_it_as_it_was(
-    project: pytest.Pytester,
+def test_the_fixtures_work_on_a_server_that_is_there_and_leave_it_as_it_was(project: pytest.Pytester, borrowed: Borrowed) -> None:
+    before = borrowed.catalogue()
+    run(project, f"--tenantdb={borrowed.url}").assert_outcomes(passed=6)
+    assert borrowed.catalogue() == before
+
+
+def test_two_processes_of_xdist_share_a_server_and_leave_it_as_it_was(project: pytest.Pytester, borrowed: Borrowed) -> None:
+    before = borrowed.catalogue()
+    result = run(project, f"--tenantdb={borrowed.url}", "-n2", "--dist=loadfile")
+    result.assert_outcomes(passed=6)
+    assert "2 workers" in result.stdout.str()
+    assert borrowed.catalogue() == before
+
+
+ENDS = """
+import os, pytest
+from sqlalchemy import text
+
+@pytest.fixture(scope="session")
+def session_left_open(tenant_db):
+    yield tenant_db.session(tenant_db.provision("kept"))
+
+def leave(tenant_db, tenant, session_left_open):
+    # what nobody discards: a tenant of the test's own, suspended and held, a spare, and a transaction in which there is somebody
+    tenant_db.hold(tenant_db.suspend(tenant_db.provision("another").id).id, reason="a court asks for it")
+    tenant_db.spares.fill(1)
+    session_left_open.execute(text("SELECT 1"))
+
+def test_fails(tenant_db, tenant, session_left_open):
+    leave(tenant_db, tenant, session_left_open)
+    assert False
+
+def test_is_interrupted(tenant_db, tenant, session_left_open):
+    leave(tenant_db, tenant, session_left_open)
+    raise KeyboardInterrupt
+
+def test_is_killed(tenant_db, tenant, session_left_open):
+    leave(tenant_db, tenant, session_left_open)
+    os._exit(9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "ends"), [("test_fails", pytest.ExitCode.TESTS_FAILED), ("test_is_interrupted", pytest.ExitCode.INTERRUPTED)]
+)
+def test_a_run_that_ends_badly_leaves_the_server_as_it_was(pytester: pytest.Pytester, borrowed: Borrowed, test: str, ends: int) -> None:
+    before = borrowed.catalogue()
+    result = run(make(pytester, test_ends=ENDS), f"--tenantdb={borrowed.url}", "-k", test)
+    assert result.ret == ends
+    assert "error" not in result.parseoutcomes()
+    assert borrowed.catalogue() == before
+
+
+def test_what_a_killed_run_has_left_goes_with_a_later_one(
+    pytester: pytest.Pytester, borrowed: Borrowed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    catalogue = "SELECT datname, datacl::text FROM pg_database UNION ALL SELECT rolname, NULL FROM pg_roles ORDER BY 1, 2"
-    with EmbeddedServer(fsync=False) as server, psycopg.connect(server.url()) as connection:
-        connection.execute("CREATE ROLE ci LOGIN CREATEDB CREATEROLE PASSWORD 'ci'")
-        connection.execute("GRANT CONNECT ON DATABASE postgres TO ci")
-        connection.commit()
-        before = connection.execute(catalogue).fetchall()
-        run(project, f"--tenantdb={server.url('ci', 'ci')}").assert_outcomes(passed=6)
-        assert connection.execute(catalogue).fetchall() == before
+    before = borrowed.catalogue()
+    killed = run(make(pytester, test_ends=ENDS), f"--tenantdb={borrowed.url}", "-k", "test_is_killed")
+    assert killed.ret == 9
+    left = borrowed.catalogue()
+    assert sum(name.startswith("tenantdb_test_") for _, name, _ in left) == 1
+
+    def another_run() -> None:
+        with places.place(borrowed.url, cast("Any", None)):
+            pass
+
+    another_run()
+    assert borrowed.catalogue() == left  # it may be going on: it began a moment ago
+    monkeypatch.setattr(places, "_ABANDONED_AFTER", 0.0)
+    (database,) = (name for _, name, _ in left if name.startswith("tenantdb_test_"))
+    eventually(lambda: not borrowed.connection.execute("SELECT FROM pg_stat_activity WHERE datname = %s", [database]).fetchall())
+    with psycopg.connect(borrowed.url, dbname=database):
+        another_run()
+        assert borrowed.catalogue() == left  # somebody is there
+    eventually(lambda: not borrowed.connection.execute("SELECT FROM pg_stat_activity WHERE datname = %s", [database]).fetchall())
+    another_run()
+    assert borrowed.catalogue() == before
+
+
+@pytest.mark.parametrize("rights", ["NOCREATEDB CREATEROLE", "CREATEDB NOCREATEROLE"])
+def test_a_login_that_may_not_make_what_it_must_is_told_so(borrowed: Borrowed, rights: str) -> None:
+    borrowed.connection.execute(f"CREATE ROLE poor LOGIN {rights} PASSWORD 'poor'; GRANT CONNECT ON DATABASE postgres TO poor")
+    try:
+        with (
+            pytest.raises(ConfigError, match="CREATEDB CREATEROLE"),
+            places.place(borrowed.url.replace("ci:ci@", "poor:poor@"), cast("Any", None)),
+        ):
+            pass
+    finally:
+        borrowed.connection.execute("DROP OWNED BY poor; DROP ROLE poor")
 
 
 def test_without_an_application_the_settings_fixture_is_enough(pytester: pytest.Pytester) -> None:

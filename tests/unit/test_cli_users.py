@@ -240,3 +240,44 @@ def test_an_update_that_cannot_be_meant_changes_nothing(words: list[str], says: 
 
 def test_an_update_of_an_unknown_slug_gets_did_you_mean(acme: Any) -> None:
     assert "did you mean 'acme'" in refused("update", "acne", "--plan", "pro", exit_code=1).stderr
+
+
+# -- domains and tokens ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_domain_is_added_listed_and_taken_away(db: TenantDB, acme: Any) -> None:
+    assert run("domains", "list").stderr == "No domains.\n"
+    assert run("domains", "add", "clinic.example", "acme").stdout == "clinic.example leads to acme\n"
+    assert document("domains", "add", "acme.example", "acme") == {"domain": "acme.example", "tenant": "acme"}
+    assert run("domains", "list").stdout == "acme.example\tacme\nclinic.example\tacme\n"
+    assert [each["domain"] for each in document("domains", "list", "--tenant", "acme")] == ["acme.example", "clinic.example"]
+    assert db.domains.tenant_of("clinic.example") == acme.id
+
+    refused("domains", "remove", "clinic.example", exit_code=2)  # nobody there to say yes
+    assert run("domains", "remove", "clinic.example", "--yes").stdout == "clinic.example leads no more to acme\n"
+    assert document("domains", "remove", "acme.example", "--yes") == {"domain": "acme.example", "tenant": "acme"}
+    assert db.domains.list() == []
+
+
+def test_what_is_no_domain_or_anothers_is_refused_in_one_line(db: TenantDB, acme: Any) -> None:
+    db.provision("beta")
+    db.domains.add("beta.example", "beta")
+    assert "lower-case ASCII" in refused("domains", "add", "Clinic.example", "acme", exit_code=1).stderr
+    assert "belongs to another tenant" in refused("domains", "add", "beta.example", "acme", exit_code=1).stderr
+    assert "no tenant" in refused("domains", "remove", "clinic.example", "--yes", exit_code=1).stderr
+
+
+def test_tokens_of_a_user_or_a_tenant_are_revoked(db: TenantDB, ada: Any, acme: Any) -> None:
+    db.memberships.add(ada, acme)
+    token = db.refresh_tokens.create(ada, acme)
+    assert run("revoke", "--tenant", "acme").stdout == "tokens of acme from before now are refused\n"
+    assert db.tenants.get("acme").tokens_valid_from is not None
+    with pytest.raises(errors.InvalidToken):
+        db.refresh_tokens.rotate(token)
+    assert document("revoke", "--user", EMAIL) == {"user": str(ada.id)}
+    assert db._registry.standings.get(ada.id, None).tokens_valid_from is not None
+
+
+@pytest.mark.parametrize("words", [[], ["--user", EMAIL, "--tenant", "acme"]])
+def test_what_is_revoked_is_said_in_one_way(words: list[str]) -> None:
+    refused("revoke", *words, exit_code=2)

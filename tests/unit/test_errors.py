@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import sqlite3
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,11 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.TenantNotFound: ("acme", "acne"),
     errors.InvalidTenantKey: ("Acme", "lower case only"),
     errors.TenantExists: ("acme",),
+    errors.InvalidDomain: ("Acme.example", "lower case only"),
+    errors.DomainTaken: ("acme.example",),
     errors.TenantSuspended: ("acme",),
     errors.TenantNotReady: ("acme", "active", "its schema is at revision '0001'"),
-    errors.SubscriptionExpired: ("acme", "past_due"),
+    errors.SubscriptionExpired: ("acme", "trial", datetime(2030, 1, 31, tzinfo=timezone.utc)),
     errors.IllegalTransition: ("acme", "active", "purged"),
     errors.ProvisioningError: ("acme", "seed", "it raised"),
     errors.ExportError: ("acme", "the disk is full"),

@@ -67,3 +67,11 @@ def test_the_public_names_are_these() -> None:
         "errors",
     ]
     assert all(hasattr(tenantdb, name) for name in tenantdb.__all__)
+
+
+def test_the_public_names_for_tests_are_these_and_need_no_pytest() -> None:
+    script = "import sys, tenantdb.testing; print(*sorted(tenantdb.testing.__all__), 'pytest' in sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+
+    assert done.stdout.split() == ["EmbeddedServer", "assert_migrations_match_models", "False"]

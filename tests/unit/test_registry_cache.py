@@ -1,11 +1,13 @@
-"""The records cache keeps its five promises, whoever asks in whatever order."""
+"""The records cache keeps its six promises, whoever asks in whatever order."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
 from uuid import UUID, uuid4
 
 import pytest
@@ -15,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tenantdb.errors import RegistryUnavailable, TenantNotFound
 from tenantdb.model import Tenant, TenantState
+from tenantdb.registry.answers import MOST_LOOKS
 from tenantdb.registry.cache import Key, RecordCache
 from tenantdb.registry.flights import SingleFlight
-from tenantdb.registry.records import TenantRecord
+from tenantdb.registry.records import Stamp, TenantRecord
 from tests.unit.registry_fixtures import Clock
 
 ID = uuid4()
@@ -40,16 +43,18 @@ def missing(key: Key) -> TenantRecord:
 
 
 class Loader:
-    """A look-up that waits until it is let go, and counts."""
+    """A look-up that waits until it is let go, and counts. What it brings the first time, and what from then on."""
 
-    def __init__(self, result: TenantRecord | Exception) -> None:
-        self.result, self.calls = result, 0
+    def __init__(self, result: TenantRecord | Exception, then: TenantRecord | None = None) -> None:
+        self.result, self.then, self.calls = result, then, 0
         self.began, self.go = threading.Event(), threading.Event()
 
     def __call__(self, key: Key) -> TenantRecord:
         self.calls += 1
         self.began.set()
         assert self.go.wait(10)
+        if self.calls > 1 and self.then is not None:
+            return self.then
         if isinstance(self.result, Exception):
             raise self.result
         return self.result
@@ -194,13 +199,51 @@ def test_forget_drops_what_was_remembered_as_missing() -> None:
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
-def test_a_look_up_that_began_before_a_forget_is_not_stored(forgotten: bool) -> None:
+@pytest.mark.parametrize("key", ["acme", ID])
+def test_what_a_look_up_brings_that_began_before_a_forget_is_neither_stored_nor_returned(key: Key, forgotten: bool) -> None:
     records = cache()
-    old = Loader(record(version=1))
-    with in_flight(records, "acme", old):
+    loader = Loader(record(version=1), then=record(version=2))
+    with in_flight(records, key, loader) as outcome:
         if forgotten:
             records.forget(ID)
-    assert (records.peek("acme") is None) is forgotten  # the twin: without forget it is stored
+    found = 2 if forgotten else 1  # the twin: without forget it is stored
+    cached = records.peek(key)
+    assert cached is not None and cached.tenant.version == found
+    assert outcome == [cached]
+    assert loader.calls == found
+
+
+def test_a_forget_of_another_tenant_costs_no_second_look() -> None:
+    records = cache()
+    loader = Loader(record())
+    with in_flight(records, "acme", loader):
+        records.forget(uuid4())
+    assert loader.calls == 1
+    assert records.peek("acme") is not None
+
+
+def test_more_changes_than_are_remembered_count_as_a_change_of_everything() -> None:
+    records = cache(size=10)
+    loader = Loader(record())
+    with in_flight(records, "acme", loader):
+        for _ in range(11):
+            records.forget(uuid4())
+    assert loader.calls == 2
+    assert not records._meanwhile._changed  # nobody is under way
+
+
+def test_a_tenant_that_changes_without_end_is_returned_and_not_stored() -> None:
+    records = cache()
+    looks = 0
+
+    def changing(key: Key) -> TenantRecord:
+        nonlocal looks
+        looks += 1
+        records.forget(ID)
+        return record(version=looks)
+
+    assert records.get("acme", changing).tenant.version == looks == MOST_LOOKS
+    assert records.peek("acme") is None
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
@@ -221,7 +264,7 @@ def test_nobody_joins_a_look_up_that_began_before_a_forget() -> None:
     with in_flight(records, "acme", Loader(record(version=1))) as outcome:
         records.forget(ID)
         assert records.get("acme", lambda key: record(version=2)).tenant.version == 2
-    assert [found.tenant.version for found in outcome if isinstance(found, TenantRecord)] == [1]
+    assert [found.tenant.version for found in outcome if isinstance(found, TenantRecord)] == [2]
     cached = records.peek("acme")
     assert cached is not None
     assert cached.tenant.version == 2
@@ -244,6 +287,115 @@ def test_an_expired_newer_version_does_not_block_what_the_database_says_now() ->
     records.get("acme", lambda key: record(version=7))
     clock.now += 5
     assert records.get("acme", lambda key: record(version=3)).tenant.version == 3  # a registry restored from a backup
+
+
+def stamps(*records: TenantRecord) -> Callable[[Sequence[UUID]], dict[UUID, Stamp]]:
+    """What the registry says when it is compared with."""
+    return lambda ids: {each.tenant.id: each.stamp for each in records if each.tenant.id in ids}
+
+
+def never_compared(ids: Sequence[UUID]) -> dict[UUID, Stamp]:
+    raise AssertionError(f"{ids} were compared")
+
+
+def test_what_is_in_use_and_unchanged_is_believed_without_another_look_up() -> None:
+    clock = Clock()
+    records = cache(clock)
+    records.get("acme", lambda key: record())
+    for _ in range(10):
+        clock.now += 2.5
+        assert records.check(stamps(record()), everything=False) == []
+        assert records.peek("acme") is not None
+
+
+def test_what_nobody_uses_is_not_compared_and_expires() -> None:
+    clock = Clock()
+    records = cache(clock)
+    records.get("acme", lambda key: record())
+    assert records.check(stamps(record()), everything=False) == []
+    clock.now += 2.5
+    assert records.check(never_compared, everything=False) == []
+    clock.now += 2.5
+    assert records.peek("acme") is None
+
+
+@pytest.mark.parametrize("now", [record(version=2), record(version=0), None], ids=["newer", "restored", "vanished"])
+def test_what_is_not_as_it_was_is_forgotten(now: TenantRecord | None) -> None:
+    records = cache()
+    records.get("acme", lambda key: record(version=1))
+    assert records.check(stamps(*[now] if now else []), everything=False) == [ID]
+    assert records.peek("acme") is None
+
+
+def test_a_server_that_was_written_changes_its_tenants_records() -> None:
+    records = cache()
+    records.get("acme", lambda key: record())
+    written = replace(record(), server_written=datetime.now(timezone.utc))
+    assert records.check(stamps(written), everything=False) == [ID]
+
+
+def test_a_comparison_that_fails_has_nothing_believed_for_longer() -> None:
+    clock = Clock()
+    records = cache(clock)
+    records.get("acme", lambda key: record())
+
+    def down(ids: Sequence[UUID]) -> dict[UUID, Stamp]:
+        raise RegistryUnavailable("down")
+
+    for _ in range(2):
+        clock.now += 2.5
+        with pytest.raises(RegistryUnavailable):
+            records.check(down, everything=True)
+    assert records.peek("acme") is None
+
+
+def test_a_comparison_counts_from_its_beginning() -> None:
+    clock = Clock()
+    records = cache(clock)
+    records.get("acme", lambda key: record())
+
+    def slow(ids: Sequence[UUID]) -> dict[UUID, Stamp]:
+        clock.now += 4
+        return stamps(record())(ids)
+
+    records.check(slow, everything=False)
+    clock.now += 1
+    assert records.peek("acme") is None
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_a_comparison_that_began_before_a_forget_revives_nothing(forgotten: bool) -> None:
+    clock = Clock()
+    records = cache(clock)
+    records.get("acme", lambda key: record())
+    clock.now += 4
+
+    def meanwhile(ids: Sequence[UUID]) -> dict[UUID, Stamp]:
+        if forgotten:
+            records.forget(ID)
+        return stamps(record())(ids)
+
+    records.check(meanwhile, everything=False)
+    clock.now += 4
+    assert (records.peek("acme") is None) is forgotten
+
+
+def test_after_notices_were_missed_what_nobody_uses_is_compared_too() -> None:
+    records = cache()
+    records.get("acme", lambda key: record())
+    with pytest.raises(TenantNotFound):
+        records.get("nobody", missing)
+    records.check(stamps(record()), everything=False)
+    assert records.check(stamps(record(version=2)), everything=True) == [ID]
+    assert records.peek("nobody") is None
+
+
+def test_what_is_noted_as_used_is_bounded_where_nobody_compares() -> None:
+    records = cache(size=10)
+    for number in range(100):
+        records.get(f"t{number}", lambda key: record(str(key), id=uuid4()))
+    assert len(records._records._used) <= 10
+    assert len(records._records) <= 10
 
 
 @pytest.mark.parametrize("result", [record(), RegistryUnavailable("down"), TenantNotFound("acme")])
@@ -337,6 +489,10 @@ class CacheHistory(RuleBasedStateMachine):
         except TenantNotFound:
             return
         assert wanted in (found.tenant.id, found.tenant.slug)
+
+    @rule(everything=st.booleans())
+    def compare(self, everything: bool) -> None:
+        self.records.check(stamps(*self.database.values()), everything=everything)
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 5.0]))
     def wait(self, seconds: float) -> None:

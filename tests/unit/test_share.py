@@ -77,21 +77,21 @@ def test_a_process_that_started_when_there_were_fewer_of_them_finds_out_that_not
 def test_a_registry_on_the_same_server_takes_its_connections_from_the_share_and_one_elsewhere_none() -> None:
     given = settings(budget=Budget(connections=40, processes=4), registry_pool_size=4)
 
-    assert limits_of(given, server("registry.example")).connections == 10 - 4
+    assert limits_of(given, server("registry.example")).connections == 10 - 4 - 1  # one that listens
     assert limits_of(given, server("db1.example")).connections == 10
 
 
 def test_a_registry_that_leaves_nothing_for_tenants_is_refused_by_all_names() -> None:
-    given = settings(budget=Budget(connections=12, processes=4), registry_pool_size=3)
+    given = settings(budget=Budget(connections=16, processes=4), registry_pool_size=3)
 
     with pytest.raises(ConfigError) as caught:
         limits_of(given, server("registry.example"))
-    for said in ("budget.connections=12", "budget.processes=4", "registry_pool_size=3", "is 3 for each", "'default'"):
+    for said in ("budget.connections=16", "budget.processes=4", "registry_pool_size=3", "one that listens", "is 4 for each", "'default'"):
         assert said in str(caught.value)
 
-    one_more = settings(budget=Budget(connections=16, processes=4), registry_pool_size=3)
+    one_more = settings(budget=Budget(connections=20, processes=4), registry_pool_size=3)
     assert limits_of(one_more, server("registry.example")).connections == 1
-    assert limits_of(given, server("db1.example")).connections == 3  # where the registry is not
+    assert limits_of(given, server("db1.example")).connections == 4  # where the registry is not
 
 
 @pytest.mark.parametrize(

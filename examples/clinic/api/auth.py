@@ -53,7 +53,14 @@ async def _sign_in(adb: AsyncTenantDB, tokens: Tokens, user: User, clinic: Clini
 # -- signing up ------------------------------------------------------------------------------------------------------------------------
 
 
-@router.post("/register", status_code=201, responses={202: {"model": SignedIn, "description": "the clinic is still being made"}})
+@router.post(
+    "/register",
+    status_code=201,
+    responses={
+        202: {"model": SignedIn, "description": "the clinic is still being made"},
+        429: {"description": "too many sign-ups, from this address or of all; Retry-After says when it is worth another try"},
+    },
+)
 async def register(
     adb: Registry,
     tokens: AccessTokens,

@@ -22,7 +22,7 @@ from tenantdb.errors import ConfigError
 from tenantdb.settings import POSTGRESQL, SQLITE
 
 if TYPE_CHECKING:
-    from tenantdb.backends.protocols import Backend, Carrier, Rows, Wire, Workshop
+    from tenantdb.backends.protocols import Backend, Carrier, Ear, Rows, Wire, Workshop
 
 __all__ = [
     "Backend",
@@ -30,6 +30,7 @@ __all__ = [
     "CarryFailed",
     "ColumnShape",
     "ConnectFailed",
+    "Ear",
     "FailureClass",
     "FenceLevel",
     "FoundDatabase",

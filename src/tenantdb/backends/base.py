@@ -25,6 +25,8 @@ class Location:
     other_password: Callable[[], Callable[[], str] | None] = field(default=lambda: None, repr=False)
     recheck: Callable[[], object] = field(default=lambda: None, repr=False)
     """Asks the registry whether the tenant is to be served still, for one that its server refuses. Raises where it is not."""
+    read_only: bool = False
+    """Whether connections opened there refuse to write, from the first statement to the last and whoever uses them."""
 
     @property
     def host(self) -> str | None:

@@ -44,6 +44,16 @@ class Wire(Protocol):
         """Close at once, from any thread; what is returned tells when the server has hung up (`tenantdb.backends.hangup`)."""
 
 
+class Ear(Protocol):
+    """A connection that listens to a channel. Its descriptor is readable when there is something to hear."""
+
+    def fileno(self) -> int: ...
+    def heard(self) -> Sequence[str]:
+        """What has been told since, without waiting. Raises: `RegistryUnavailable` where the connection is lost."""
+
+    def close(self) -> None: ...
+
+
 class Workshop(Protocol):
     """A provisioner's session on one server. Every method looks before it acts, so it may run twice."""
 
@@ -190,8 +200,14 @@ class Backend(Protocol):
     def wire(self, dialect: Dialect, connection: Any) -> Wire:
         """What the pool does with a connection that was opened here."""
 
+    def refuses_writing(self, error: BaseException) -> bool:
+        """Whether a driver's error says that a connection that only reads was told to write."""
+
     def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
         """An engine on the registry. A SQLite file must exist; `prepare_registry` makes it."""
+
+    def listen(self, url: ConnectionURL, settings: Settings, channel: str) -> Ear | None:
+        """A connection to the registry that listens to a channel; None where the product has none. Raises: `RegistryUnavailable`."""
 
     def prepare_registry(self, url: ConnectionURL) -> None: ...
 

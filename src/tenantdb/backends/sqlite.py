@@ -81,17 +81,23 @@ class SQLite:
             connection = dialect.connect(_existing(path), **arguments)
         except sqlite3.OperationalError as error:
             raise ConnectFailed(FailureClass.TENANT, "the tenant's database file cannot be opened") from error
-        _configure(connection, settings, location.tenant, migrating=location.role is DatabaseRole.OWNER)
+        _configure(connection, settings, location.tenant, migrating=location.role is DatabaseRole.OWNER, read_only=location.read_only)
         return connection
 
     def wire(self, dialect: Dialect, connection: Any) -> FileWire:
         return FileWire(connection, dialect.get_driver_connection(connection), is_async=dialect.is_async)
+
+    def refuses_writing(self, error: BaseException) -> bool:
+        return isinstance(error, sqlite3.OperationalError) and str(error) == "attempt to write a readonly database"
 
     def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
         path = Path(url.path or "").absolute()
         engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=QueuePool, hide_parameters=True)
         _prepare(engine, path, settings)
         return engine
+
+    def listen(self, url: ConnectionURL, settings: Settings, channel: str) -> None:
+        """A file tells nobody that it has changed."""
 
     def prepare_registry(self, url: ConnectionURL) -> None:
         path = Path(url.path or "").absolute()
@@ -243,7 +249,7 @@ def _existing(path: Path) -> str:
     return f"file:{quote(str(path))}?mode=rw"
 
 
-def _configure(connection: Any, settings: Settings, tenant: Tenant | None, *, migrating: bool) -> None:
+def _configure(connection: Any, settings: Settings, tenant: Tenant | None, *, migrating: bool, read_only: bool = False) -> None:
     """Once per connection, before any statement of the application. Raises: `WrongDatabase`, and closes the connection then."""
     connection.isolation_level = None  # we send BEGIN ourselves
     try:
@@ -256,6 +262,8 @@ def _configure(connection: Any, settings: Settings, tenant: Tenant | None, *, mi
             cursor.execute("PRAGMA synchronous=NORMAL")  # in WAL mode safe against a crash of the process
             if tenant is not None:
                 _check_identity(cursor, tenant)
+            if read_only:  # a file opened with mode=ro would leave its write-ahead log behind
+                cursor.execute("PRAGMA query_only=ON")
         finally:
             cursor.close()
     except BaseException:
@@ -268,7 +276,8 @@ def _send_begin(engine: Engine) -> None:
     def begin(connection: Connection) -> None:
         options = connection.get_execution_options()
         if options.get("isolation_level") != "AUTOCOMMIT":
-            connection.exec_driver_sql(f"BEGIN {options.get('tenantdb_begin', 'DEFERRED')}")
+            reads = options.get("tenantdb_read_only")  # then the write lock is refused as a write is
+            connection.exec_driver_sql(f"BEGIN {'DEFERRED' if reads else options.get('tenantdb_begin', 'DEFERRED')}")
 
 
 async def _open_in_thread(*args: Any, **parameters: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Keys."""
+"""Keys, and tokens that count no more."""
 
 from __future__ import annotations
 
@@ -93,3 +93,30 @@ def _keys_in_use(invocation: Invocation) -> None:
             output.say("Entries of the audit log do: keep what `tenantdb generate-key --derive audit` prints, or they cannot be verified.")
     if old:
         click.get_current_context().exit(output.FAILED)
+
+
+@click.command()
+@click.option("--user", metavar="USER", help="Tokens of this user: an e-mail or an id.")
+@click.option("--tenant", metavar="SLUG", help="Tokens for this tenant.")
+@json_option
+@pass_invocation
+def revoke(invocation: Invocation, user: str | None, tenant: str | None) -> None:
+    """Refuse every token that was issued before now.
+
+    To a user, or for a tenant: access tokens and refresh tokens. Whoever is meant signs in again.
+    """
+    if (user is None) == (tenant is None):
+        raise click.UsageError("give --user or --tenant")
+    db = invocation.database()
+    if user is not None:
+        found = db.users.get(user)
+        db.revocations.revoke_user(found)
+        document, whose = {"user": str(found.id)}, found.email
+    else:
+        chosen = db.tenants.get(tenant or "", suggest=True)
+        db.revocations.revoke_tenant(chosen)
+        document, whose = {"tenant": str(chosen.id)}, chosen.slug
+    if invocation.json:
+        output.document(document)
+    else:
+        click.echo(output.shown(f"tokens of {whose} from before now are refused"))

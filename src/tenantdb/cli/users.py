@@ -93,7 +93,7 @@ def create(
 def set_password(invocation: Invocation, user: str, from_stdin: bool) -> None:
     """Give a user another password.
 
-    Their refresh tokens end with the old one.
+    Their tokens end with the old one.
     """
     db = invocation.database()
     found = db.users.get(user)

@@ -3,28 +3,31 @@
 An engine is a small object over a template's dialect, listeners and compiled cache; the template exists once per server and driver. An
 engine is kept for as long as somebody holds it or its tenant has connections: making one takes microseconds, so nothing is kept for a
 tenant without any. There is one per (tenant, generation, role, lane); a lane is "threads", or one event loop, and no connection ever
-changes lane.
+changes lane. An engine either writes or only reads, by its tenant's subscription: when that changes another takes its place, and its
+connections are closed as those of an older generation are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Engine, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tenantdb.backends import Location, backend
 from tenantdb.connections.budget import ServerBudget
 from tenantdb.connections.ledger import Work
-from tenantdb.connections.locate import Locator
+from tenantdb.connections.locate import Locator, subscription_expired
 from tenantdb.connections.places import hold_place, take_place
 from tenantdb.connections.pools import WORK, Source, TenantPool
 from tenantdb.connections.reaper import Reaper
@@ -37,6 +40,7 @@ from tenantdb.registry.records import TenantRecord
 from tenantdb.settings import Settings
 
 if TYPE_CHECKING:
+    from tenantdb.backends import Backend
     from tenantdb.events import Event
 
 logger = logging.getLogger("tenantdb.connections")
@@ -77,10 +81,12 @@ class Engines:
 
     # -- engines -----------------------------------------------------------------------------------------------------------------------
 
-    def engine_of(self, record: TenantRecord, key: Hashable) -> TenantEngine:
-        """The threads' engine of a tenant; ``key`` is how the caller named it. Raises: what `Locator.ensure_servable` raises."""
-        tenant = self._locator.ensure_servable(record.tenant, key)
-        return _current(self._lanes[None], tenant) or self._make(record, None)
+    def engine_of(self, record: TenantRecord, key: Hashable, *, unpaid: bool = False) -> TenantEngine:
+        """The threads' engine of a tenant; ``key`` is how the caller named it. ``unpaid``: to read what is ours, whatever its subscription
+        is. Raises: what `Locator.ensure_servable` raises."""
+        tenant = self._locator.ensure_servable(record.tenant, key, unpaid=unpaid)
+        read_only = self._locator.reads_only(tenant)
+        return _current(self._lanes[None], tenant, read_only) or self._make(record, None, read_only)
 
     def async_engine_of(self, record: TenantRecord, key: Hashable) -> AsyncEngine:
         """The running event loop's engine of a tenant."""
@@ -91,7 +97,8 @@ class Engines:
         tenant = self._locator.ensure_servable(record.tenant, key)
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(loop)
-        return (None if lane is None else _current(lane, tenant)) or self._make(record, loop)
+        read_only = self._locator.reads_only(tenant)
+        return (None if lane is None else _current(lane, tenant, read_only)) or self._make(record, loop, read_only)
 
     @contextlib.contextmanager
     def passing(self, record: TenantRecord, role: DatabaseRole, work: Work = Work.ADMINISTRATION) -> Iterator[Engine]:
@@ -110,8 +117,8 @@ class Engines:
         """Where a program other than ours finds the tenant's database. What it opens needs a `place`. Raises: as `Locator.locate`."""
         return self._locator.locate(record, role)
 
-    def _make(self, record: TenantRecord, loop: Lane) -> TenantEngine:
-        location = self._locator.locate(record, DatabaseRole.RUNTIME)
+    def _make(self, record: TenantRecord, loop: Lane, read_only: bool) -> TenantEngine:
+        location = replace(self._locator.locate(record, DatabaseRole.RUNTIME), read_only=read_only)
         tenant = location.tenant
         source = self._source(location, is_async=loop is not None, parks=True)  # opens nothing
         with self._lock:
@@ -119,11 +126,13 @@ class Engines:
             if lane is None:
                 self._drop_closed_loops()
                 lane = self._lanes.setdefault(loop, weakref.WeakValueDictionary())
-            if (made := _current(lane, tenant)) is not None:  # by somebody else, meanwhile
+            if (made := _current(lane, tenant, read_only)) is not None:  # by somebody else, meanwhile
                 return made
             old = lane.get(tenant.id.int)
             pool = TenantPool(source)
             engine = TenantEngine(pool, backend(location.server.backend).url(location), source.template)
+            if read_only:
+                engine.update_execution_options(tenantdb_read_only=True)
             pool.belongs_to(engine)
             lane[tenant.id.int] = engine
         if old is not None:
@@ -140,6 +149,7 @@ class Engines:
                 if template is None:
                     template = product.template(self._settings, is_async=is_async)
                     template.dialect.has_terminate = True  # our pools close at once, so a collected lease of asyncio need not be dropped
+                    event.listen(template, "handle_error", functools.partial(_say_why, product), retval=True)
                     for identifier, listener in self._listeners:
                         event.listen(template, identifier, listener)
                     on_server.templates[is_async] = template
@@ -188,14 +198,21 @@ class Engines:
 
     # -- letting go --------------------------------------------------------------------------------------------------------------------
 
-    def forget(self, tenant_id: UUID) -> None:
-        """A tenant has changed: close what is idle, what is leased when it comes back, and refuse its old engines. From any thread."""
+    def forget(self, tenant_id: UUID, before: int | None = None) -> None:
+        """A tenant has changed: close what is idle, what is leased when it comes back, and refuse its old engines. From any thread.
+
+        ``before``: only engines of a generation before this one.
+        """
         with self._lock:
             lanes = list(self._lanes.values())
         for lane in lanes:
-            engine = lane.pop(tenant_id.int, None)
-            if engine is not None:
-                _retire([engine], outdated=True)
+            engine = lane.get(tenant_id.int)
+            if engine is None or (before is not None and _pool(engine).generation >= before):
+                continue
+            with self._lock:  # a newer one may have taken its place
+                if lane.get(tenant_id.int) is engine:
+                    del lane[tenant_id.int]
+            _retire([engine], outdated=True)
 
     def close(self) -> None:
         """Close idle connections; leased ones close when they come back. Waits until the servers have let go. May be called twice."""
@@ -279,10 +296,22 @@ class Engines:
         return inherited
 
 
-def _current(lane: _Engines, tenant: Tenant) -> TenantEngine | None:
-    """The tenant's engine, unless it is of an older generation than the record. One that is newer knows better than the record."""
+def _current(lane: _Engines, tenant: Tenant, read_only: bool) -> TenantEngine | None:
+    """The tenant's engine, unless it is of an older generation than the record, or of the same and may do other things. One that is newer
+    knows better than the record."""
     engine = lane.get(tenant.id.int)
-    return engine if engine is not None and _pool(engine).generation >= tenant.generation else None
+    if engine is None:
+        return None
+    pool = _pool(engine)
+    return engine if (pool.generation, pool.read_only) == (tenant.generation, read_only) or pool.generation > tenant.generation else None
+
+
+def _say_why(product: Backend, context: ExceptionContext) -> BaseException | None:
+    """A connection that only reads was told to write: not the application's mistake, and not for it to find out from the driver's words."""
+    pool = None if context.engine is None else context.engine.pool
+    if isinstance(pool, TenantPool) and pool.read_only and product.refuses_writing(context.original_exception):
+        return subscription_expired(pool.source.location.tenant)
+    return None
 
 
 def _retire(engines: Sequence[TenantEngine], *, outdated: bool = False) -> None:

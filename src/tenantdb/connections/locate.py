@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tenantdb.backends import Location
-from tenantdb.errors import TenantNotFound, TenantNotReady, TenantSuspended
+from tenantdb.errors import SubscriptionExpired, TenantNotFound, TenantNotReady, TenantSuspended
 from tenantdb.model import DatabaseRole, Tenant, TenantState
 from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
+from tenantdb.registry.tables import utcnow
 from tenantdb.settings import ConnectionURL, Settings, check_host
 
 
@@ -22,6 +23,7 @@ class Locator:
         self._registry = registry
         self._settings = settings
         self._compatible = frozenset(settings.compatible_revisions)
+        self._past_due = settings.past_due
 
     def locate(self, record: TenantRecord, role: DatabaseRole) -> Location:
         """The location for one role. Raises: `TenantNotReady` where no names are reserved yet; `ConfigError` for a host that is refused."""
@@ -50,11 +52,15 @@ class Locator:
         check_host(ConnectionURL(server.backend, location.host), self._settings, f"server {server.name!r}")
         return location
 
-    def ensure_servable(self, tenant: Tenant, key: object) -> Tenant:
-        """Refuse a tenant that may not be served. Raises: `TenantSuspended`, `TenantNotReady`, `TenantNotFound` for deleted and purged
-        ones."""
+    def ensure_servable(self, tenant: Tenant, key: object, *, unpaid: bool = False) -> Tenant:
+        """Refuse a tenant that may not be served. ``unpaid``: whatever its subscription is, for our own reading.
+
+        Raises: `TenantSuspended`, `TenantNotReady`, `SubscriptionExpired`, `TenantNotFound` for deleted and purged ones.
+        """
         if tenant.servable:
             if not self._compatible or tenant.revision in self._compatible:
+                if self._past_due == "refuse" and not unpaid and tenant.is_past_due(utcnow()):
+                    raise subscription_expired(tenant)
                 return tenant
             raise TenantNotReady(tenant.slug, str(tenant.state), _incompatible(tenant, self._settings.compatible_revisions))
         if tenant.state is TenantState.SUSPENDED:
@@ -62,6 +68,16 @@ class Locator:
         if tenant.state in {TenantState.PROVISIONING, TenantState.FAILED, TenantState.MAINTENANCE}:
             raise TenantNotReady(tenant.slug, str(tenant.state))
         raise TenantNotFound(str(key))
+
+    def reads_only(self, tenant: Tenant) -> bool:
+        """Whether the tenant's sessions may not write, because its subscription is past due."""
+        return self._past_due != "allow" and tenant.is_past_due(utcnow())
+
+
+def subscription_expired(tenant: Tenant) -> SubscriptionExpired:
+    """What whoever is refused because of a tenant's subscription is told."""
+    expires = tenant.subscription_expires_at
+    return SubscriptionExpired(tenant.slug, str(tenant.subscription), expires if expires is not None and expires <= utcnow() else None)
 
 
 def _incompatible(tenant: Tenant, compatible: Sequence[str]) -> str:

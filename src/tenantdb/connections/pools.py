@@ -91,6 +91,7 @@ class TenantPool(BudgetedPool):
         self.retired = False
         self.outdated = False  # retired because the tenant has changed: whoever looks it up again gets another pool
         self.generation = source.location.tenant.generation
+        self.read_only = source.location.read_only
         self._engine: Any = None  # for as long as there are connections; an engine that nobody holds may go with its last one
         self._engine_ref: Any = None
         self._units: dict[int, Unit] = {}  # by the id of the open connection

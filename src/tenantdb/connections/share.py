@@ -14,10 +14,11 @@ def limits_of(settings: Settings, server: Server) -> Limits:
     """This process's share of the budget of one server, less what its registry takes of the same server. Raises: `ConfigError`."""
     budget = settings.budget
     share = budget.connections // budget.share_of
-    registry = settings.registry_pool_size if registry_is_on(settings, server) else 0
+    registry = registry_connections(settings) if registry_is_on(settings, server) else 0
     own = share - registry
     if own < 1:
-        taken = f", of which the registry on the same server takes registry_pool_size={registry}" if registry else ""
+        pool = f"registry_pool_size={settings.registry_pool_size} and one that listens"
+        taken = f", of which the registry on the same server takes {pool}" if registry else ""
         raise ConfigError(
             f"budget.connections={budget.connections} between budget.processes={budget.share_of} is {share} for each{taken}:"
             f" nothing is left for the tenants of server {server.name!r}"
@@ -31,6 +32,11 @@ def limits_of(settings: Settings, server: Server) -> Limits:
         max_waiting=budget.max_waiting,
         idle_timeout=budget.idle_timeout,
     )
+
+
+def registry_connections(settings: Settings) -> int:
+    """How many connections one process holds to its registry at most: those of the pool, and one that listens (`TenantDB.watch`)."""
+    return settings.registry_pool_size + 1
 
 
 def registry_is_on(settings: Settings, server: Server) -> bool:

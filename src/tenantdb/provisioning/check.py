@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tenantdb.backends import backend
 from tenantdb.backends.weakness import Severity
-from tenantdb.connections.share import limits_of, registry_is_on
+from tenantdb.connections.share import limits_of, registry_connections, registry_is_on
 from tenantdb.errors import ConfigError, MigrationError, TenantDBError
 from tenantdb.model import Server
 from tenantdb.registry import Keyring, Registry
@@ -92,10 +92,10 @@ def connection_findings(server: Server, url: ConnectionURL, settings: Settings, 
     room = room_on(server.name, url, settings, wanted_per_tenant=wanted_per_tenant)
     asked, total = [f"budget.connections={budget.connections}"], budget.connections
     if room.has_registry and not registry_is_on(settings, server):
-        total += settings.registry_pool_size * budget.share_of
+        total += registry_connections(settings) * budget.share_of
         asked.append(
-            f"registry_pool_size={settings.registry_pool_size} in budget.processes={budget.share_of}, because the registry is on this"
-            " server under another name"
+            f"registry_pool_size={settings.registry_pool_size} and one that listens in budget.processes={budget.share_of}, because the"
+            " registry is on this server under another name"
         )
     if room.has_registry and settings.registry_admin is not None:
         total += settings.registry_pool_size

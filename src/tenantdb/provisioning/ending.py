@@ -103,7 +103,7 @@ def certificate(work: Work, *, given_back: bool = False) -> dict[str, Any]:
     does that was adopted: of one that was given back, it says to whom."""
     tenant, server, now = work.tenant, work.record.server, utcnow()
     until = (now + timedelta(days=work.settings.backup_retention)).isoformat()
-    erased: dict[str, Any] = {"registry": ["name", "slug", "contact", "metadata", "memberships", "refresh tokens", "secrets"]}
+    erased: dict[str, Any] = {"registry": ["name", "slug", "contact", "metadata", "memberships", "refresh tokens", "domains", "secrets"]}
     if server is not None:
         erased |= {"server": server.name} if given_back else {"server": server.name, "database": tenant.database}
         erased |= {} if server.backend == SQLITE else {"roles": [tenant.owner_role, tenant.runtime_role]}

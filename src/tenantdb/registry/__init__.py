@@ -5,32 +5,54 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, func, select
 
-from tenantdb.errors import CredentialTampered, WrongDatabase
+from tenantdb.backends import backend
+from tenantdb.errors import CredentialTampered, RateLimited, TenantNotFound, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
 from tenantdb.registry import schema
 from tenantdb.registry.audit import AuditStore
 from tenantdb.registry.audit import record as audit_record
 from tenantdb.registry.cache import RecordCache
+from tenantdb.registry.changes import Change, Changes
+from tenantdb.registry.domains import DomainStore
 from tenantdb.registry.memberships import MembershipStore
+from tenantdb.registry.names import KnownNames, read_names
+from tenantdb.registry.notices import CHANNEL, Notices
 from tenantdb.registry.operations import Operation, OperationState, OperationStore
+from tenantdb.registry.rates import SignUpLimits
 from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.refresh_tokens import RefreshGrant, RefreshTokenStore
+from tenantdb.registry.revocations import RevocationStore
 from tenantdb.registry.rollouts import RolloutStore
 from tenantdb.registry.rotation import KeyKeeper
 from tenantdb.registry.secrets import OWNER, RUNTIME, Keyring, password_place
 from tenantdb.registry.servers import ServerStore
 from tenantdb.registry.signup import Hands, SignUp, Taking, sign_up
+from tenantdb.registry.standings import Standing, Standings
 from tenantdb.registry.templates import TemplateStore
 from tenantdb.registry.tenants import TenantStore
 from tenantdb.registry.transactions import Transactions, begin, mapped_errors
 from tenantdb.registry.users import UserStore
+from tenantdb.registry.watching import Watcher
 from tenantdb.settings import Settings
 
-__all__ = ["Hands", "Keyring", "Operation", "OperationState", "RefreshGrant", "Registry", "SignUp", "Taking", "TenantRecord"]
+__all__ = [
+    "Change",
+    "Hands",
+    "Keyring",
+    "Operation",
+    "OperationState",
+    "RefreshGrant",
+    "Registry",
+    "SignUp",
+    "Standing",
+    "Taking",
+    "TenantRecord",
+]
 
 
 class Registry:
@@ -51,17 +73,36 @@ class Registry:
     ) -> None:
         self.keyring = keyring
         self._transactions = Transactions(engine, admin_engine, self._check, keyring)
+        self.changes = Changes()
         self._cache = RecordCache(size=settings.cache_size, ttl=settings.cache_ttl, clock=clock)
+        self._names = KnownNames(lambda: read_names(self._transactions), ttl=settings.cache_ttl, clock=clock)
         self.audit = AuditStore(self._transactions, keyring, settings)
         self.servers = ServerStore(self._transactions, keyring, self._cache.clear, ttl=settings.cache_ttl)
         self.tenants = TenantStore(self._transactions, self.servers.read, self.forget)
-        self.users = UserStore(self._transactions)
-        self.memberships = MembershipStore(self._transactions)
+        believed: dict[str, Any] = {"size": settings.cache_size, "ttl": settings.cache_ttl, "clock": clock}
+        self.standings = Standings(self._transactions, **believed)
+        self.domains = DomainStore(self._transactions, **believed)
+        self.users = UserStore(self._transactions, self.forget_user)
+        self.memberships = MembershipStore(self._transactions, self.forget_membership)
+        self.revocations = RevocationStore(self._transactions, self.forget_user, self.forget, ttl=settings.cache_ttl, clock=clock)
         self.refresh_tokens = RefreshTokenStore(self._transactions)
         self.operations = OperationStore(self._transactions)
         self.keys = KeyKeeper(self._transactions, keyring, self.forget)
+        self.sign_up_limits = SignUpLimits(self._transactions, settings)
         self.templates = TemplateStore(self._transactions)
         self.rollouts = RolloutStore(self._transactions, self.forget)
+        notices = Notices(
+            records=self._cache,
+            tenants=self.tenants,
+            standings=self.standings,
+            domains=self.domains,
+            revocations=self.revocations,
+            changes=self.changes,
+        )
+        product = backend(settings.url.backend)
+        self._watcher = Watcher(
+            lambda: product.listen(settings.url, settings, CHANNEL), notices.heard, notices.check, every=settings.cache_ttl / 2
+        )
 
     # -- the data path --
 
@@ -70,11 +111,19 @@ class Registry:
 
         Raises: `TenantNotFound`; `RegistryUnavailable` and the like, which say nothing about the tenant and are not remembered.
         """
+        found = self._cache.peek(key)
+        if found is not None:
+            return found
+        if self._names.rule_out(key):  # and not remembered: what the list rules out is as old as the list
+            raise TenantNotFound(str(key))
         return self._cache.get(key, self._load)
 
     def _load(self, key: str | UUID) -> TenantRecord:
         try:
             record = self.tenants.record(key)
+        except TenantNotFound:
+            self._names.missed()
+            raise
         except CredentialTampered as error:  # of its server's address
             self.audit.refused(error.code)
             raise
@@ -89,6 +138,22 @@ class Registry:
     def forget(self, tenant_id: UUID, slug: str | None = None) -> None:
         """The tenant changed: the next look-up asks the database."""
         self._cache.forget(tenant_id, slug)
+        self._names.add(tenant_id, slug)
+        self.changes.tell(Change(kind="tenant", tenant_id=tenant_id))
+
+    def forget_user(self, user_id: UUID) -> None:
+        """The user changed, or which of his tokens count."""
+        self.standings.forget(user_id)
+        self.changes.tell(Change(kind="user", user_id=user_id))
+
+    def forget_membership(self, user_id: UUID, tenant_id: UUID) -> None:
+        """The user's membership in the tenant changed."""
+        self.standings.forget(user_id, tenant_id)
+        self.changes.tell(Change(kind="membership", user_id=user_id, tenant_id=tenant_id))
+
+    def watch(self) -> None:
+        """Follow what other processes do; see `TenantDB.watch`."""
+        self._watcher.start()
 
     def quarantine(self, tenant: Tenant, error: WrongDatabase) -> None:
         """Write down that a connection reached a database that is not the tenant's. Raises: as `write`."""
@@ -111,7 +176,8 @@ class Registry:
                 with begin(admin_engine, immediate=True) as connection:
                     if app != connection.scalar(select(func.current_user())):
                         schema.grant_app(connection, str(app))
-        self._cache.clear()
+        for cached in (self._cache, self.standings, self.domains, self.revocations):
+            cached.clear()
 
     def ping(self) -> None:
         """Ask one question. Raises as `read`; `SecretKeyError` where the keys are not the registry's."""
@@ -126,8 +192,10 @@ class Registry:
             return [*schema.public_doors(connection), *schema.open_doors(connection, str(connection.scalar(select(func.current_user()))))]
 
     def close(self) -> None:
-        """Close idle connections and forget what is cached. May be called twice."""
-        self._cache.clear()
+        """Watch no more, close idle connections and forget what is cached. May be called twice."""
+        self._watcher.stop()
+        for cached in (self._cache, self.standings, self.domains, self.revocations):
+            cached.clear()
         self.audit.close()
         self._transactions.close()
 
@@ -156,9 +224,13 @@ class Registry:
     def sign_up(self, request: SignUp, *, taking: Taking | None = None, hands: Hands | None = None) -> tuple[Tenant, Operation]:
         """Make user, tenant, membership and operation in one transaction; see `tenantdb.registry.signup.sign_up`.
 
-        Raises: `TenantExists`, `UserExists`, `InvalidSlug`, `InvalidUser`, `UserNotFound`. Nothing was written then.
+        Raises: `TenantExists`, `UserExists`, `InvalidSlug`, `InvalidUser`, `UserNotFound`, `RateLimited`. Nothing was written then.
         """
-        return sign_up(self, request, taking=taking, hands=hands)
+        try:
+            return sign_up(self, request, taking=taking, hands=hands)
+        except RateLimited as error:
+            self.audit.refused(error.code)
+            raise
 
     # -- passwords of database roles --
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import BindParameter, ColumnElement, Connection, select
@@ -12,6 +13,8 @@ from tenantdb.model import Tenant, TenantState, User
 from tenantdb.registry import tables
 from tenantdb.registry.fields import email_key
 from tenantdb.resolvers import tenant_key
+
+T = TypeVar("T")
 
 
 def tenant_clause(key: str | UUID | BindParameter[Any], kind: type[str] | type[UUID] | None = None) -> ColumnElement[bool]:
@@ -52,3 +55,9 @@ def user_id_of(connection: Connection, user: User | UUID | str) -> UUID:
 def user_name(user: User | UUID | str) -> str:
     """How an error names a user: by id where there is one."""
     return str(user.id) if isinstance(user, User) else str(user)
+
+
+def chunks(items: Sequence[T], size: int = 1000) -> Iterator[Sequence[T]]:
+    """For ``IN (...)``: a database takes so many parameters in one statement and no more."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, literal, select, update
@@ -31,18 +32,22 @@ _ADD = insert(_memberships).from_select(
 
 
 class MembershipStore:
-    """Reads and writes memberships. Users and tenants are named by record, id, e-mail or slug."""
+    """Reads and writes memberships. Users and tenants are named by record, id, e-mail or slug. ``forget`` is told of every
+    committed change but those of `add_in`, before which nobody can have asked."""
 
-    def __init__(self, transactions: Transactions) -> None:
+    def __init__(self, transactions: Transactions, forget: Callable[[UUID, UUID], None]) -> None:
         self._transactions = transactions
+        self._forget = forget
 
     def add(self, user: User | UUID | str, tenant: Tenant | UUID | str, *, role: MemberRole | str = MemberRole.USER) -> Membership:
         """Make a user a member, or give a member another role. May run again. Raises: `UserNotFound`, `TenantNotFound`, `ValueError`."""
         role = MemberRole(role)
         try:
-            return self._put(user, tenant, role)
+            made = self._put(user, tenant, role)
         except IntegrityError:  # two processes added the same membership at once; the second look finds it
-            return self._put(user, tenant, role)
+            made = self._put(user, tenant, role)
+        self._forget(made.user_id, made.tenant_id)
+        return made
 
     def add_in(self, connection: Connection, user_id: UUID, tenant_id: UUID, role: MemberRole) -> None:
         """A new membership in the caller's transaction. Raises: `UserNotFound` where the user is deleted, or was never there."""
@@ -63,6 +68,7 @@ class MembershipStore:
                 raise NotAMember
             connection.execute(delete(tokens).where((tokens.c.user_id == user_id) & (tokens.c.tenant_id == tenant_id)))
             audit.record(connection, "membership.remove", tenant_id=tenant_id, object=user_id)
+        self._forget(user_id, tenant_id)
 
     def get(self, user: User | UUID | str, tenant: Tenant | UUID | str) -> Membership:
         """A user's membership in a tenant, in one query. Raises: `NotAMember`, whichever of the two does not exist."""

@@ -1,6 +1,7 @@
 """Sign-up: a user, a tenant, the membership between them and the operation that will make the database, all or nothing.
 
-One transaction of the serving login, so that a web process without a provisioner can do it; a worker carries the operation out.
+One transaction of the serving login, so that a web process without a provisioner can do it; a worker carries the operation out. How often
+it may be tried is counted before (`tenantdb.registry.rates`), and before a password is hashed, which is slow on purpose.
 
 An idempotency key makes repeating harmless. It is no password: whoever repeats a request with a new user must know that user's password,
 because what he gets back is somebody's tenant.
@@ -86,13 +87,19 @@ def sign_up(registry: Registry, request: SignUp, *, taking: Taking | None = None
     ``taking``: a spare will do. Without ``hands`` the operation is left to whoever claims it.
 
     Raises: `InvalidSlug`, `InvalidUser`, `UserNotFound`, `UserExists`; `TenantExists` where the slug is taken, or the key was used for
-    something else. Nothing was written then.
+    something else; `RateLimited`. Nothing was written then.
     """
     canonical_slug(request.slug)
     key = fields.text("idempotency_key", request.idempotency_key)
     digest = request.fingerprint()
-    if (earlier := _earlier(registry, request, key, digest)) is not None:
+    try:
+        earlier = _earlier(registry, request, key, digest)
+    except TenantExists:  # no repetition, so one attempt more
+        registry.sign_up_limits.count()
+        raise
+    if earlier is not None:
         return earlier
+    registry.sign_up_limits.count()
     try:
         return _write(registry, request, key, digest, taking, hands)
     except (TenantExists, UserExists, IntegrityError) as error:
@@ -109,8 +116,8 @@ def _earlier(registry: Registry, request: SignUp, key: str | None, digest: bytes
     if operation is None:
         return None
     owner = request.owner
-    known = not isinstance(owner, NewUser) or registry.users.verifies(owner.email, owner.password)
-    if operation.request_hash != digest or not known:
+    same = operation.request_hash == digest
+    if not same or (isinstance(owner, NewUser) and not registry.users.verifies(owner.email, owner.password)):
         raise TenantExists(request.slug)
     return registry.tenants.get(operation.tenant_id), operation
 
@@ -128,6 +135,8 @@ def _write(
         elif owner is not None:
             user_id = owner.id if isinstance(owner, User) else owner
         tenant, kind, done = _tenant(registry, connection, request, taking)
+        if not done:
+            registry.sign_up_limits.check_unfinished(connection)
         if user_id is not None:
             registry.memberships.add_in(connection, user_id, tenant.id, MemberRole.OWNER)
         mine = hands is not None and (hands.makes or kind == TAKE)

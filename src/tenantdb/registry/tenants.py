@@ -22,8 +22,8 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from tenantdb.errors import IllegalTransition, OperationInProgress, TenantExists, TenantNotFound
 from tenantdb.model import TRANSITIONS, Fence, Server, Subscription, Tenant, TenantState
 from tenantdb.registry import audit, fields, tables
-from tenantdb.registry.ids import tenant_clause
-from tenantdb.registry.records import TenantRecord
+from tenantdb.registry.ids import chunks, tenant_clause
+from tenantdb.registry.records import Stamp, TenantRecord
 from tenantdb.registry.transactions import Transactions, violates
 from tenantdb.resolvers import tenant_key
 
@@ -176,7 +176,20 @@ class TenantStore:
             runtime_secret=row["runtime_secret"],
             runtime_secret_pending=row["runtime_secret_pending"],
             owner_secret=owner_secret,
+            server_written=row["server_updated_at"],
         )
+
+    def stamps(self, tenant_ids: Sequence[UUID]) -> Mapping[UUID, tuple[Stamp, int]]:
+        """The stamps of the records of many, and their generations, in one query a thousand. Whoever is not there is left out."""
+        columns = (_tenants.c.id, _tenants.c.version, _servers.c.updated_at, _tenants.c.generation)
+        joined = _tenants.outerjoin(_servers, _tenants.c.server_id == _servers.c.id)
+        query = select(*columns).select_from(joined)
+        found: dict[UUID, tuple[Stamp, int]] = {}
+        with self._transactions.read() as connection:
+            for some in chunks(tenant_ids):
+                for row in connection.execute(query.where(_tenants.c.id.in_(some))):
+                    found[row.id] = (row.version, row.updated_at), row.generation
+        return found
 
     def get(self, tenant: str | UUID | Tenant, *, suggest: bool = False) -> Tenant:
         """The tenant as it is now, whatever its state. ``suggest`` looks for a slug alike when there is none: for operators only.
@@ -485,7 +498,7 @@ class TenantStore:
         In the caller's transaction of the login that owns the tables. Raises: `IllegalTransition`.
         """
         now = tables.utcnow()
-        for table in (tables.memberships, tables.refresh_tokens):
+        for table in (tables.memberships, tables.refresh_tokens, tables.domains):
             connection.execute(delete(table).where(table.c.tenant_id == tenant.id))
         theirs = tables.operations.c.tenant_id == tenant.id
         connection.execute(update(tables.operations).where(theirs).values(idempotency_key=None, payload={}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -30,10 +31,11 @@ _USER_COLUMNS = [_users.c[name] for name in User.__dataclass_fields__]
 
 
 class UserStore:
-    """Reads and writes users. A user is named by a `User`, an id, or an e-mail address."""
+    """Reads and writes users. A user is named by a `User`, an id, or an e-mail address. ``forget`` is told of each whose tokens ended."""
 
-    def __init__(self, transactions: Transactions) -> None:
+    def __init__(self, transactions: Transactions, forget: Callable[[UUID], None]) -> None:
         self._transactions = transactions
+        self._forget = forget
 
     def create(
         self, email: str, password: str, *, first_name: str | None = None, last_name: str | None = None, platform_admin: bool = False
@@ -148,15 +150,20 @@ class UserStore:
         return token
 
     def reset_password(self, token: str, new_password: str) -> User:
-        """Set a new password; the user's refresh tokens end with the old one. Raises: `InvalidToken`, `InvalidUser`."""
+        """Set a new password; refresh tokens end with the old one, and access tokens issued till then are refused.
+
+        Raises: `InvalidToken`, `InvalidUser`.
+        """
         with self._transactions.read() as connection:
             _owner_of(connection, token, "reset")  # before the expensive hash
         password_hash = hash_password(new_password)
         with self._transactions.write() as connection:
-            user_id = _redeem(connection, token, "reset", password_hash=password_hash)
+            user_id = _redeem(connection, token, "reset", password_hash=password_hash, tokens_valid_from=tables.utcnow())
             connection.execute(delete(tables.refresh_tokens).where(tables.refresh_tokens.c.user_id == user_id))
             audit.record(connection, "user.reset_password", object=user_id)
-            return self._find(connection, _users.c.id == user_id) or _gone(user_id)
+            found = self._find(connection, _users.c.id == user_id) or _gone(user_id)
+        self._forget(user_id)
+        return found
 
     def delete(self, user: User | UUID | str) -> None:
         """Soft: the row stays, signing in ends, refresh tokens and memberships count no more. Raises: `UserNotFound`."""
@@ -166,10 +173,18 @@ class UserStore:
             connection.execute(
                 update(_users)
                 .where(_users.c.id == user_id)
-                .values(deleted_at=now, updated_at=now, version=_users.c.version + 1, verification_hash=None, reset_hash=None)
+                .values(
+                    deleted_at=now,
+                    updated_at=now,
+                    tokens_valid_from=now,
+                    version=_users.c.version + 1,
+                    verification_hash=None,
+                    reset_hash=None,
+                )
             )
             connection.execute(delete(tables.refresh_tokens).where(tables.refresh_tokens.c.user_id == user_id))
             audit.record(connection, "user.delete", object=user_id)
+        self._forget(user_id)
 
     def _find(self, connection: Connection, where: ColumnElement[bool]) -> User | None:
         row = connection.execute(select(*_USER_COLUMNS).where(where)).mappings().first()

@@ -71,9 +71,10 @@ class EmbeddedServer:
     """A PostgreSQL server that lives as long as this object is open, as a context manager or from ``start()`` to ``stop()``.
 
     ``data``: a folder that keeps the cluster and its password (mode 0600) for the next start; made if it is missing. Without it the
-    cluster is temporary. ``bindir``: the folder of another PostgreSQL's ``initdb`` and ``postgres``; without it those of the wheel, which
-    has no TLS. ``settings``: server settings, as in ``postgresql.conf``; they outrank ALTER SYSTEM. ``fsync=False`` trades the data's
-    survival of a power failure for speed. ``ssl``: files with the server's certificate and its key; clients may still come without TLS.
+    cluster is temporary, in a folder that is made in ``temporary``, or else where `tempfile` makes them. ``bindir``: the folder of another
+    PostgreSQL's ``initdb`` and ``postgres``; without it those of the wheel, which has no TLS. ``settings``: server settings, as in
+    ``postgresql.conf``; they outrank ALTER SYSTEM. ``fsync=False`` trades the data's survival of a power failure for speed. ``ssl``: files
+    with the server's certificate and its key; clients may still come without TLS.
 
     As root the server runs as the system user ``postgres``, else ``nobody``: PostgreSQL refuses root. Any thread may call, one at a time.
     After ``stop()`` it may be started again, on another port.
@@ -89,6 +90,7 @@ class EmbeddedServer:
         self,
         *,
         data: str | os.PathLike[str] | None = None,
+        temporary: str | os.PathLike[str] | None = None,
         bindir: str | os.PathLike[str] | None = None,
         settings: Mapping[str, str] | None = None,
         fsync: bool = True,
@@ -97,6 +99,7 @@ class EmbeddedServer:
         if reserved := sorted(name for name in settings or {} if name.lower().replace("-", "_") in _RESERVED):
             raise ConfigError(f"settings={{...}} of EmbeddedServer may not hold {', '.join(reserved)}: the server sets that itself")
         self._folder = None if data is None else Path(data).absolute()
+        self._temporary = temporary
         self._bindir = None if bindir is None else Path(bindir).absolute()
         self._ssl = None if ssl is None else (Path(ssl[0]), Path(ssl[1]))
         self._fsync = fsync
@@ -151,7 +154,7 @@ class EmbeddedServer:
             raise RuntimeError("this EmbeddedServer is running already")
         with ExitStack() as undo:
             account = _account()
-            scratch = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="tenantdb-pg-")))
+            scratch = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="tenantdb-pg-", dir=self._temporary)))
             account.admit(scratch)
             watch = undo.enter_context(_Watch(scratch))
             binaries = _binaries(self._bindir, account, scratch)

@@ -33,6 +33,7 @@ from tenantdb.backends.postgresql.connect import (
     without_frames,
 )
 from tenantdb.backends.postgresql.inspect import server_report
+from tenantdb.backends.postgresql.listening import PostgreSQLEar
 from tenantdb.backends.postgresql.workshop import PostgreSQLWorkshop
 from tenantdb.errors import RegistryUnavailable, WrongDatabase
 from tenantdb.model import DatabaseRole, Server, Tenant
@@ -41,6 +42,7 @@ from tenantdb.settings import POSTGRESQL, ConnectionURL, Settings
 if TYPE_CHECKING:
     from tenantdb.backends.protocols import Carrier, Doctor, Rows, Wire
 
+_READ_ONLY = "25006"  # read_only_sql_transaction
 _IDENTITY = b"SELECT current_database(), tenant_id FROM tenantdb.identity"
 
 
@@ -56,7 +58,7 @@ class PostgreSQL:
         return URL.create("postgresql+psycopg", _login(location), None, location.host, location.port, location.tenant.database)
 
     def open(self, dialect: Dialect, location: Location, settings: Settings, *, timeout: float) -> Any:
-        arguments = transport(location.host, settings) | session_options(location.role, settings)
+        arguments = transport(location.host, settings) | session_options(location.role, settings, read_only=location.read_only)
         if location.role is DatabaseRole.OWNER:
             arguments["cursor_factory"] = psycopg.Cursor  # a migration may send several statements at once
         arguments["connect_timeout"] = max(2, min(settings.connect_timeout, math.ceil(timeout)))  # 2 is the smallest that libpq knows
@@ -78,6 +80,9 @@ class PostgreSQL:
     def wire(self, dialect: Dialect, connection: Any) -> Wire:
         found: Wire = dialect.get_driver_connection(connection)
         return found
+
+    def refuses_writing(self, error: BaseException) -> bool:
+        return getattr(error, "sqlstate", None) == _READ_ONLY
 
     def registry_engine(self, url: ConnectionURL, settings: Settings) -> Engine:
         engine = create_engine(
@@ -104,6 +109,9 @@ class PostgreSQL:
                 raise DisconnectionError
 
         return engine
+
+    def listen(self, url: ConnectionURL, settings: Settings, channel: str) -> PostgreSQLEar:
+        return PostgreSQLEar(url, settings, channel)
 
     def prepare_registry(self, url: ConnectionURL) -> None:
         """Nothing to do: the registry's database is the application's to make."""

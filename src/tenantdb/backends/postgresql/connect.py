@@ -39,14 +39,14 @@ def transport(host: str | None, settings: Settings, tls: Mapping[str, str] | Non
     return arguments | dict(tls or {})
 
 
-def session_options(role: DatabaseRole | None, settings: Settings) -> dict[str, str]:
+def session_options(role: DatabaseRole | None, settings: Settings, *, read_only: bool = False) -> dict[str, str]:
     """The ``options`` argument: limits of a session, in milliseconds as PostgreSQL counts them."""
     limits = {"lock_timeout": settings.lock_timeout, "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout}
     if role is not DatabaseRole.OWNER:  # a migration may take long; what it must not do is wait long for a lock
         limits["statement_timeout"] = settings.statement_timeout
     words = [f"-c {name}={milliseconds(seconds)}" for name, seconds in limits.items()]
     if role is not None:
-        words += ["-c search_path=public", "-c default_transaction_read_only=off"]
+        words += ["-c search_path=public", f"-c default_transaction_read_only={'on' if read_only else 'off'}"]
     return {"options": " ".join(words)}
 
 

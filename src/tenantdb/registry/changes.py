@@ -1,0 +1,60 @@
+"""Who wants to know that something in the registry has changed, be it here or in another process.
+
+What is cached is forgotten first, so whoever is called and asks again gets the new answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+from uuid import UUID
+
+from tenantdb.forking import follow
+
+logger = logging.getLogger("tenantdb.registry")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """``kind`` says what has changed and which ids are there: a ``tenant`` (``tenant_id``, and its ``generation`` where that is known), a
+    ``user`` (``user_id``), a ``membership`` (both), the list of revoked tokens (``revocation``), or perhaps ``everything``."""
+
+    kind: Literal["tenant", "user", "membership", "revocation", "everything"]
+    tenant_id: UUID | None = None
+    user_id: UUID | None = None
+    generation: int | None = None
+
+
+class Changes:
+    """Calls whoever has subscribed, in the thread that learnt of a change: the watching one, or whichever wrote. It must be quick."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callbacks: tuple[Callable[[Change], object], ...] = ()
+        follow(self)
+
+    def subscribe(self, callback: Callable[[Change], object]) -> Callable[[], None]:
+        """Call with every `Change` from now on. What is returned ends that, and may be called twice."""
+        with self._lock:
+            self._callbacks = (*self._callbacks, callback)
+
+        def end() -> None:
+            with self._lock:
+                self._callbacks = tuple(each for each in self._callbacks if each is not callback)
+
+        return end
+
+    def tell(self, change: Change) -> None:
+        for callback in self._callbacks:
+            try:
+                callback(change)
+            except Exception:
+                logger.exception("a subscriber to changes failed")
+
+    def start_empty(self) -> object:
+        """In the child after a fork, where somebody may have held the lock. Whoever subscribed came along."""
+        inherited, self._lock = self._lock, threading.Lock()
+        return inherited
