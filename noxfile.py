@@ -50,7 +50,7 @@ def tests(session: nox.Session) -> None:
     finally:
         others = ", ".join(f"tests-{version}" for version in PYTHONS if version != HERE)
         print(
-            f"Not run by this session: a server with TLS (tests-services), long sweeps (tests-long),"
+            f"Not run by this session: a server with TLS and Redis (tests-services), long sweeps (tests-long),"
             f" other Pythons ({others}), SQLAlchemy 2.0 (tests-sqlalchemy-2.0).",
             flush=True,
         )
@@ -79,23 +79,37 @@ def tests_sqlalchemy_20(session: nox.Session) -> None:
 
 @nox.session(name="tests-services")
 def tests_services(session: nox.Session) -> None:
-    """The tests that need the distribution's PostgreSQL, which has TLS. Installed by apt-get if we are root."""
+    """The tests that need the distribution's PostgreSQL, which has TLS, and Redis. Installed by apt-get if we are root."""
     install(session, "test")
-    pytest(session, "-m", "services", env={"TEST_POSTGRES_BINDIR": str(_distribution_postgres(session))})
+    services = {"TEST_POSTGRES_BINDIR": str(_distribution_postgres(session)), "TEST_REDIS_SERVER": _distribution_redis(session)}
+    pytest(session, "-m", "services", env=services)
 
 
 def _distribution_postgres(session: nox.Session) -> Path:
     """The folder of the newest PostgreSQL server of this machine, installed when it is missing and that is possible."""
     if not (found := _postgres_bindirs()):
-        if shutil.which("apt-get") is None or os.geteuid() != 0:
-            session.error("no PostgreSQL server found. Install one that has TLS (Debian: apt-get install postgresql), or be root on Debian")
-        env = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # RUNLEVEL: the package is not to start a server of its own
-        session.run("apt-get", "update", "-qq", external=True, env=env)
-        session.run("apt-get", "install", "-qq", "--no-install-recommends", "postgresql", external=True, env=env)
+        _apt_get_install(session, "postgresql", "no PostgreSQL server found. Install one that has TLS")
         found = _postgres_bindirs()
     if not found:
         session.error("apt-get installed postgresql, but no initdb was found in /usr/lib/postgresql/*/bin or on the PATH")
     return found[-1]
+
+
+def _distribution_redis(session: nox.Session) -> str:
+    """The Redis server of this machine, likewise."""
+    if shutil.which("redis-server") is None:
+        _apt_get_install(session, "redis-server", "no Redis server found. Install one")
+    if (found := shutil.which("redis-server")) is None:
+        session.error("apt-get installed redis-server, but it is not on the PATH")
+    return found
+
+
+def _apt_get_install(session: nox.Session, package: str, otherwise: str) -> None:
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        session.error(f"{otherwise} (Debian: apt-get install {package}), or be root on Debian")
+    env = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # RUNLEVEL: the package is not to start a server of its own
+    session.run("apt-get", "update", "-qq", external=True, env=env)
+    session.run("apt-get", "install", "-qq", "--no-install-recommends", package, external=True, env=env)
 
 
 def _postgres_bindirs() -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -719,7 +719,7 @@ class CrossTenantError(ContextError):
 
 
 class NotATenantsSession(ContextError):
-    """What tells of a tenant's records is written in a session on that tenant's database, and this is none. Fact: ``found``, its type."""
+    """What belongs to a tenant's transaction takes a session on that tenant's database, and this is none. Fact: ``found``, its type."""
 
     code = "not-a-tenants-session"
 
@@ -729,9 +729,28 @@ class NotATenantsSession(ContextError):
 
     def explain(self) -> str:
         return (
-            "audit.record() takes a session of db.session() or db.begin(), and in asyncio adb.audit.record() takes one of adb's;"
-            f" this is a {self.found}"
+            "this takes a session of db.session() or db.begin(), and in asyncio one of adb's (adb.audit.record(), delay_on_commit());"
+            f" it got a {self.found}"
         )
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------------------------
+
+
+class SomeTenantsFailed(TenantDBError):
+    """A task that runs for all tenants failed for some of them, and ran for the others. Facts: ``succeeded`` (how many), ``failures``
+    (slug -> what went wrong)."""
+
+    code = "some-tenants-failed"
+
+    def __init__(self, succeeded: int, failures: Mapping[str, str]) -> None:
+        super().__init__(succeeded, dict(failures))
+        self.succeeded, self.failures = succeeded, dict(failures)
+
+    def explain(self) -> str:
+        named = [f"{slug!r} ({why})" for slug, why in sorted(self.failures.items())]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        return f"{len(named)} tenants failed and {self.succeeded} succeeded: {', '.join(named[:3])}{more}"
 
 
 # -- who is asking ---------------------------------------------------------------------------------------------------------------------
@@ -794,7 +813,7 @@ class TenantMismatch(AccessError):
 
 
 class TokenKeysUnavailable(TenantDBError):
-    """The keys that verify access tokens have never been fetched, so that nobody's token can be told from a forged one.
+    """The keys that verify access tokens were not fetched yet, or not for a day, so that nobody's token can be told from a forged one.
     Fact: ``problem``."""
 
     code = "token-keys-unavailable"
@@ -807,7 +826,7 @@ class TokenKeysUnavailable(TenantDBError):
         self.problem = problem
 
     def explain(self) -> str:
-        return f"the keys of access tokens could not be fetched yet: {self.problem}"
+        return f"the keys of access tokens could not be fetched: {self.problem}"
 
 
 class TaskRefused(AccessError):

@@ -34,13 +34,17 @@ from tenantdb.resolvers import Domain, Resolver, TenantName, names_of, tenant_ke
 _RETRY_AFTER = 30  # seconds, where an error that a client may try again after does not know better
 
 
+_HOST = re.compile(r"([^\s:,\[\]]*|\[[^\s,\[\]]*\])(?::[0-9]*)?", re.ASCII)
+
+
 def host_name(header: str) -> str:
-    """The host of a Host header: lower case, without port and without the dot that ends a full name."""
-    host = header.strip().lower()
-    if not host.endswith("]"):  # an IPv6 address without a port
-        name, colon, _ = host.rpartition(":")
-        host = name if colon else host
-    return host.removesuffix(".")
+    """The host of a Host header: lower case, without port and without the dot that ends a full name.
+
+    What is not one host stays as it is (two headers that were joined, a port that is none, letters of other alphabets), so that it is the
+    name of nobody and not, cut or folded, of somebody.
+    """
+    match = _HOST.fullmatch(header.strip(" \t"))
+    return match[1].lower().removesuffix(".") if match is not None and header.isascii() else header
 
 
 def bearer_token(facts: Facts) -> str | None:

@@ -115,12 +115,14 @@ def header(name: str = "X-Tenant-ID") -> Resolver:
 def subdomain(*base_domains: str) -> Resolver:
     """``acme`` of the host ``acme.clinic.example``, below one of ``base_domains`` and at no other host.
 
-    The base domain itself and names that are reserved (``www``, ``api``) name no tenant. ``X-Forwarded-Host`` is not read: have the server
-    believe its proxy, if it should. Raises: `ConfigError` without a base domain, or for one that is no host name.
+    The base domains themselves and names that are reserved (``www``, ``api``) name no tenant. ``X-Forwarded-Host`` is not read: have the
+    server believe its proxy, if it should. Raises: `ConfigError` without a base domain, or for one that is no host name.
     """
     bases = _base_domains(base_domains, "subdomain")
 
     def by_subdomain(facts: Facts) -> TenantName | None:
+        if "." + facts.host in bases:  # below another one, perhaps
+            return None
         for base in bases:
             if facts.host.endswith(base):
                 label = facts.host[: -len(base)]
@@ -183,7 +185,8 @@ def all_agree(*resolvers: Resolver) -> Resolver:
 
 
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
-_DOMAIN = re.compile(rf"(?=.{{4,253}}\Z)(?:{_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])", re.ASCII)  # RFC 1123; the last label: no number
+# RFC 1123. The last label begins with a letter, as every top-level domain does, so that no spelling of an IP address is a domain.
+_DOMAIN = re.compile(rf"(?=.{{4,253}}\Z)(?:{_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])", re.ASCII)
 
 
 def _base_domains(given: tuple[str, ...], who: str) -> tuple[str, ...]:
@@ -193,4 +196,4 @@ def _base_domains(given: tuple[str, ...], who: str) -> tuple[str, ...]:
             raise ConfigError(f"{who} takes base domains such as 'clinic.example', not {base!r}")
     if not bases:
         raise ConfigError(f"{who} needs the base domains below which tenants are, such as 'clinic.example'")
-    return tuple("." + base for base in bases)
+    return tuple("." + base for base in sorted(bases, key=len, reverse=True))  # the longest first, where one is below another

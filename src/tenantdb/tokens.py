@@ -1,12 +1,14 @@
 """Access tokens: short-lived, signed, and read more strictly than JWT libraries do.
 
-PyJWT checks the signature. What a payload means is decided here, because a library that serves everybody accepts too much: numbers
-as strings, no expiry, several audiences, a key given twice, a refresh token in place of an access token. A token says who its holder
-claims to be; whether that user may enter the tenant is asked of the registry on each request, never believed of a token.
+PyJWT has the keys and the algorithms. What a token means is read here, once: a library that serves everybody accepts too much (numbers as
+strings, no expiry, several audiences, a key given twice, a refresh token in place of an access token), and the header that was checked has
+to be the one that chose the key. A token says who its holder claims to be; whether that user may enter the tenant is asked of the registry
+on each request, never believed of a token.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import secrets
@@ -17,20 +19,19 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-import jwt
-
 from tenantdb.errors import ConfigError, InvalidToken
-from tenantdb.jwks import ALGORITHMS, JWKS, SYMMETRIC, PreparedKey, prepared
+from tenantdb.jwks import JWKS, SYMMETRIC, PreparedKey, prepared
 
 MAX_SIZE = 8192  # characters of a token; more is refused before anything is parsed
 MAX_LIFETIME = timedelta(hours=24)
 MAX_LEEWAY = timedelta(seconds=60)
 TYPE = "at+jwt"  # RFC 9068: an access token, so that no other token signed with the same key passes for one
 
+_LONGEST_NAME = 255  # of a user or a token (OpenID Connect Core, 2: sub)
 _LAST_SECOND = 2**53  # beyond it, integers and floats of JSON no longer mean the same number
 _SHAPE = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)  # no padding: one token has one spelling
 # Each would let a token say how it wants to be read: with which key, from where, with which rules.
-_REFUSED_HEADERS = frozenset({"jku", "jwk", "x5u", "x5c", "x5t", "x5t#S256", "crit", "b64", "zip"})
+_REFUSED_HEADERS = frozenset({"jku", "jwk", "x5u", "x5c", "crit", "b64", "zip"})
 _RESERVED = frozenset({"iss", "aud", "sub", "iat", "exp", "nbf", "jti", "role"})
 _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
 
@@ -39,8 +40,8 @@ _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[
 class Key:
     """One key and the one algorithm it is used with.
 
-    ``value``: random bytes or text for HS256, HS384 and HS512; a PEM for the others, private to issue and verify, public to verify only.
-    ``kid`` names it in the tokens' headers; left out, it is a fingerprint of the key.
+    ``value``: random bytes or text for HS256, HS384 and HS512; a PEM for RS256, PS256, ES256 (and their like with 384 and 512) and EdDSA,
+    private to issue and verify, public to verify only. ``kid`` names it in the tokens' headers; left out, it is a fingerprint of the key.
     """
 
     value: str | bytes = field(repr=False)
@@ -51,10 +52,11 @@ class Key:
 class Tokens:
     """Issues and verifies access tokens.
 
-    ``key``: one key for ``algorithm``, or a `Key`, or several, newest first, of which the newest issues; or the `JWKS` of another issuer,
-    whose tokens are verified and not issued. A key is used with its own algorithm and no other, whatever a token says. ``issuer`` and
-    ``audience`` are compared as a whole. ``claim`` names the claim that holds the tenant's id; without ``tenant_required`` a token may lack
-    it. ``typ`` is what a token's header has to say of its kind: other issuers write ``JWT``. ``clock`` gives seconds since 1970.
+    ``key``: one key for ``algorithm`` (HS256 unless said), or a `Key`, or several, newest first, of which the newest issues; or the `JWKS`
+    of another issuer, whose tokens are verified and not issued. A key is used with its own algorithm and no other, whatever a token says.
+    A token names its key; one that names none is accepted where there is one key. ``issuer`` and ``audience`` are compared as a whole.
+    ``claim`` names the claim that holds the tenant's id; without ``tenant_required`` a token may lack it. ``typ`` is what a token's header
+    has to say of its kind: other issuers write ``JWT``. ``clock`` gives seconds since 1970.
 
     Raises: `ConfigError` for a key, an algorithm or a time that cannot be, and for symmetric and asymmetric keys together, because a public
     key is no secret. May be used from any thread and any event loop.
@@ -66,7 +68,7 @@ class Tokens:
         *,
         issuer: str,
         audience: str,
-        algorithm: str = "HS256",
+        algorithm: str | None = None,
         lifetime: timedelta = timedelta(minutes=15),
         leeway: timedelta = timedelta(seconds=30),
         claim: str = "tenant_id",
@@ -82,10 +84,13 @@ class Tokens:
             raise ConfigError(f"leeway= of access tokens is from zero to {MAX_LEEWAY}, not {leeway}")
         if not claim or claim in _RESERVED:
             raise ConfigError(f"claim={claim!r} cannot hold the tenant; it has a meaning of its own")
+        if not typ:
+            raise ConfigError("typ= of access tokens must not be empty, or any token that the key signed would pass for one")
+        if algorithm is not None and not isinstance(key, str | bytes):
+            raise ConfigError("algorithm= goes with a key that is given as it is; a Key and a JWKS say theirs themselves")
         self._jwks = key if isinstance(key, JWKS) else None
-        self._keys = {} if isinstance(key, JWKS) else _keys(key, algorithm)
-        self._only = next(iter(self._keys.values())) if len(self._keys) == 1 else None
-        self._jws = jwt.PyJWS(algorithms=list(ALGORITHMS))
+        self._keys = {} if isinstance(key, JWKS) else _keys(key, algorithm or "HS256")
+        self._newest = next(iter(self._keys.values()), None)
         self._issuer, self._audience = issuer, audience
         self._lifetime = int(lifetime.total_seconds())
         self._longest = MAX_LIFETIME.total_seconds()
@@ -107,19 +112,20 @@ class Tokens:
         payload = dict(claims or {})
         if taken := sorted(set(payload) & (_RESERVED | {self.claim})):
             raise ValueError(f"claims cannot hold {', '.join(taken)}: Tokens sets them")
-        if not str(user):
-            raise ValueError("a token needs a user")
+        if not _is_name(str(user)):
+            raise ValueError(f"a token needs a user, of {_LONGEST_NAME} printable characters at most")
         if tenant is None and self._tenant_required:
             raise ValueError("a token needs a tenant; Tokens(..., tenant_required=False) does without")
-        newest = next(iter(self._keys.values()), None)
-        if newest is None or newest.signing is None:
-            raise ConfigError("these access tokens are another's to issue: there is no private key here")
+        key = self._newest
+        if key is None or key.signing is None:
+            raise ConfigError("these access tokens are another's to issue: there is no private key here, or it is not the first")
         now = self._clock()
         payload |= {
             "iss": self._issuer,
             "aud": self._audience,
             "sub": str(user),
-            "iat": round(now, 3),  # so that a token of this very second can be told from those that were revoked in it
+            # So fine that a token of this very second can be told from those that were revoked in it, and never ahead of the clock.
+            "iat": int(now * 1000) / 1000,
             "exp": int(now) + self._lifetime,
             "jti": secrets.token_urlsafe(16),
         }
@@ -127,8 +133,8 @@ class Tokens:
             payload[self.claim] = str(UUID(str(tenant)))
         if role is not None:
             payload["role"] = str(role)
-        encoded = json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
-        token = self._jws.encode(encoded, newest.signing, newest.algorithm, {"typ": self._typ, "kid": newest.kid})
+        signed = f"{_encoded({'alg': key.algorithm, 'kid': key.kid, 'typ': self._typ})}.{_encoded(payload)}"
+        token = f"{signed}.{_base64(key.method.sign(signed.encode(), key.signing))}"
         if len(token) > MAX_SIZE:
             raise ValueError(f"the token has {len(token)} characters, {MAX_SIZE} are accepted; put less into claims")
         return token
@@ -137,32 +143,32 @@ class Tokens:
         """The claims of a token that holds in every respect.
 
         The tenant's claim is then the text of a UUID in its canonical form. Raises: `InvalidToken`, whatever the token is, with a text that
-        does not quote it; `TokenKeysUnavailable` where the keys of another issuer were never fetched.
+        does not quote it; `TokenKeysUnavailable` where the keys of another issuer were not fetched yet, or not for a day.
         """
         try:
             if len(token) > MAX_SIZE or not _SHAPE.fullmatch(token):
                 raise InvalidToken(f"this is not a signed token of at most {MAX_SIZE} characters")
-            key = self._only or self._key_of(token)
-            decoded = self._jws.decode_complete(token, key.verifying, [key.algorithm])
-            payload = json.loads(decoded["payload"], object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-        except (jwt.PyJWTError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InvalidToken(f"the token cannot be read or its signature is wrong ({type(error).__name__})") from None
-        header = decoded["header"]
-        if header.get("typ") != self._typ:
-            raise InvalidToken(f"the token is no access token: its typ is not {self._typ}")
-        if not _REFUSED_HEADERS.isdisjoint(header):
-            raise InvalidToken("the token's header says how it wants to be read")
-        if not isinstance(payload, dict):
-            raise InvalidToken("the token holds no claims")
+            signed, _, signature = token.rpartition(".")
+            head, _, body = signed.partition(".")
+            header = _decoded(head)
+            key = self._key_of(header)
+            proof = _bytes(signature)
+            if _base64(proof) != signature:  # the bits that the last character has to spare would give a token more spellings
+                raise InvalidToken("the token's signature is not in its canonical form")
+            if not key.method.verify(signed.encode(), key.verifying, proof):
+                raise InvalidToken("the token's signature is wrong")
+            payload = _decoded(body)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InvalidToken(f"the token cannot be read ({type(error).__name__})") from None
         self._check_times(payload)
         if payload.get("iss") != self._issuer:
             raise InvalidToken("the token is not of our issuer")
         if payload.get("aud") != self._audience:
             raise InvalidToken("the token is not for our audience, or not for it alone")
-        if not isinstance(payload.get("sub"), str) or not payload["sub"]:
+        if not _is_name(payload.get("sub")):
             raise InvalidToken("the token names no user")
-        if not isinstance(payload.get("jti", ""), str):
-            raise InvalidToken("the token's jti is not a string")
+        if "jti" in payload and not _is_name(payload["jti"]):
+            raise InvalidToken("the token's jti is no name")
         if self.claim in payload:
             named = payload[self.claim]
             if not isinstance(named, str) or not _CANONICAL_UUID.fullmatch(named):
@@ -176,28 +182,35 @@ class Tokens:
         if self._jwks is not None:
             self._jwks.refresh()
 
-    def _key_of(self, token: str) -> PreparedKey:
-        """The key that a token's header names, and never more than a name: an entry of what is loaded, or none."""
-        kid = self._jws.get_unverified_header(token).get("kid")
+    def _key_of(self, header: Mapping[str, Any]) -> PreparedKey:
+        """The key that a header names, and never more than a name: an entry of what is loaded, or none. Raises: `InvalidToken`."""
+        if header.get("typ") != self._typ:
+            raise InvalidToken(f"the token is no access token: its typ is not {self._typ}")
+        if not _REFUSED_HEADERS.isdisjoint(header):
+            raise InvalidToken("the token's header says how it wants to be read")
+        kid = header.get("kid")
+        found: PreparedKey | None
         if self._jwks is not None:
-            return self._jwks.key(kid)
-        found = self._keys.get(kid) if isinstance(kid, str) else None
+            found = self._jwks.key(kid)
+        elif "kid" not in header and len(self._keys) == 1:
+            found = self._newest
+        else:
+            found = self._keys.get(kid) if isinstance(kid, str) else None
         if found is None:
             raise InvalidToken("the token is signed with a key that is not known here, or does not say which")
+        if header.get("alg") != found.algorithm:
+            raise InvalidToken("the token's algorithm is not its key's")
         return found
 
     def _check_times(self, payload: Mapping[str, Any]) -> None:
-        for name in ("exp", "iat", "nbf"):
-            if name in payload or name != "nbf":
-                value = payload.get(name)
-                if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _LAST_SECOND:
-                    raise InvalidToken(f"the token's {name} is missing or not a number of seconds")
         now = self._clock()
-        if payload["exp"] <= now - self._leeway:
+        expires, issued = _seconds(payload, "exp"), _seconds(payload, "iat")
+        begins = _seconds(payload, "nbf") if "nbf" in payload else issued
+        if expires <= now - self._leeway:
             raise InvalidToken("the token has expired")
-        if max(payload["iat"], payload.get("nbf", 0)) > now + self._leeway:
+        if max(issued, begins) > now + self._leeway:
             raise InvalidToken("the token is from the future")
-        if not 0 < payload["exp"] - payload["iat"] <= self._longest:
+        if not 0 < expires - issued <= self._longest:
             raise InvalidToken(f"the token lives longer than {MAX_LIFETIME}, or ends before it begins")
 
 
@@ -205,9 +218,9 @@ def _keys(given: str | bytes | Key | Sequence[Key], algorithm: str) -> dict[str,
     """The keys by their names, newest first. Raises: `ConfigError`."""
     if isinstance(given, str | bytes):
         given = Key(given, algorithm)
-    keys = [given] if isinstance(given, Key) else list(given)
-    if not keys:
-        raise ConfigError("access tokens need a key")
+    keys = [given] if isinstance(given, Key) else list(given or ())
+    if not keys or not all(isinstance(key, Key) for key in keys):
+        raise ConfigError("access tokens need a key: a secret, a Key, a list of Key, or a JWKS")
     if len({key.algorithm in SYMMETRIC for key in keys}) > 1:
         raise ConfigError(
             "access tokens take symmetric keys (HS256 ...) or asymmetric ones (RS256, ES256, EdDSA ...), not both:"
@@ -220,6 +233,40 @@ def _keys(given: str | bytes | Key | Sequence[Key], algorithm: str) -> dict[str,
     return named
 
 
+def _is_name(value: object) -> bool:
+    """Whether this may go into logs, the registry and an answer as it is."""
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable()
+
+
+def _seconds(payload: Mapping[str, Any], name: str) -> float:
+    value = payload.get(name)
+    if (type(value) is not int and type(value) is not float) or not 0 <= value < _LAST_SECOND:  # bool is an int, too
+        raise InvalidToken(f"the token's {name} is missing or not a number of seconds")
+    return value
+
+
+# -- segments ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _bytes(segment: str) -> bytes:
+    return base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
+
+
+def _encoded(data: Mapping[str, Any]) -> str:
+    return _base64(json.dumps(data, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _decoded(segment: str) -> dict[str, Any]:
+    found = _JSON.decode(_bytes(segment).decode())
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # JSON leaves the meaning of a name given twice open; a proxy that takes the first and we the last would see two tenants.
     found = dict(pairs)
@@ -230,3 +277,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "howto/adopt.md",
     "howto/migrate-a-fleet.md",
     "howto/long-data-migrations.md",
+    "howto/celery.md",
 }  # followed by a test of their own
 IN_THE_SHOP = [
     "howto/alembic.md",
@@ -52,6 +53,16 @@ def test_the_how_to_pages_work_in_the_shop_of_the_tutorial(page: str, shop: Read
 def test_the_other_pages_work_in_an_empty_folder(page: str, tmp_path: Path) -> None:
     with Reader(tmp_path) as reader:
         reader.follow(page)
+
+
+@pytest.mark.timeout(300)
+def test_tasks_are_published_and_run_as_the_page_says(shop: Reader) -> None:
+    shop.replace["redis://localhost:6379/0"] = "memory://"
+    shop.replace['backend="memory://"'] = 'backend="cache+memory://"'
+
+    shop.follow("howto/celery.md")
+
+    shop.run("celery -A shop.schedule report")
 
 
 @pytest.mark.timeout(300)

@@ -86,6 +86,7 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.CrossTenantError: ("Patient", "0b1c", "7f3e"),
     errors.NotATenantsSession: ("Session",),
     errors.AuditNotReady: ("acme",),
+    errors.SomeTenantsFailed: (98, {"acme": "ServerUnavailable", "beta": "ValueError: no"}),
     errors.AccessError: ("no",),
     errors.AuthenticationRequired: ("sign in",),
     errors.InvalidToken: ("it has expired",),

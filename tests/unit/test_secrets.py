@@ -90,6 +90,17 @@ def test_a_derived_key_of_one_purpose_is_none_of_another() -> None:
     )
 
 
+def test_who_serves_can_sign_tasks_with_the_same_keys_and_who_has_older_derived_keys_is_told_where_to_get_them() -> None:
+    root = Keyring([generate_key(), generate_key()])
+    derived = root.derive(RUNTIME)
+
+    assert Keyring(derived).task_keys() == root.task_keys()
+    assert len(set(root.task_keys())) == 2
+    assert Keyring().task_keys() == []
+    with pytest.raises(SecretKeyError, match="generate-key --derive runtime"):
+        Keyring([key for key in derived if not key.startswith("tasks:")]).task_keys()
+
+
 def test_derived_keys_keep_their_order() -> None:
     keys = [generate_key(), generate_key()]
     root, web = Keyring(keys), Keyring(Keyring(keys).derive(RUNTIME))

@@ -1,9 +1,10 @@
 """Secrets at rest: who may read which, and how a secret is tied to its place.
 
 Each purpose has a key of its own, derived from the secret keys by HKDF (RFC 5869): ``owner`` for the passwords that migrate a tenant's
-schema, ``runtime`` for those that read and write its rows, ``audit`` for what vouches for the audit log. A process that is given only the
-derived ``runtime:...`` and ``audit:...`` keys can open no owner secret. Every ciphertext is bound to its context (tenant, column, server,
-database, role): moved to another row or column, or beside an edited name, it no longer opens.
+schema, ``runtime`` for those that read and write its rows, ``audit`` for what vouches for the audit log, ``tasks`` for what vouches for the
+tenant of a queued task. A process that is given only the derived ``runtime:...``, ``audit:...`` and ``tasks:...`` keys can open no owner
+secret. Every ciphertext is bound to its context (tenant, column, server, database, role): moved to another row or column, or beside an
+edited name, it no longer opens.
 
 A sealed secret is AES-256-GCM with a random nonce, in one of two forms:
 ``1 | key id (8) | nonce (12) | ciphertext and tag``, with a key from the list;
@@ -28,7 +29,8 @@ from tenantdb.settings import KMS, KeyService
 OWNER = "owner"
 RUNTIME = "runtime"
 AUDIT = "audit"
-PURPOSES = (OWNER, RUNTIME, AUDIT)
+TASKS = "tasks"
+PURPOSES = (OWNER, RUNTIME, AUDIT, TASKS)
 
 _KEY = re.compile(r"(?:([a-z]+):)?([A-Za-z0-9_-]{43}=?)", re.ASCII)
 _LISTED, _WRAPPED = b"\x01", b"\x02"
@@ -94,9 +96,9 @@ class Keyring:
     def derive(self, purpose: str) -> list[str]:
         """The keys of one purpose, in the form that another process takes as its secret keys.
 
-        With the runtime keys come those of the audit log: who serves writes down what it did.
+        With the runtime keys come those of the audit log and of tasks: who serves writes down what it did, and queues work.
         """
-        purposes = (RUNTIME, AUDIT) if purpose == RUNTIME else (purpose,)
+        purposes = (RUNTIME, AUDIT, TASKS) if purpose == RUNTIME else (purpose,)
         return [f"{each}:{_encode(key)}" for each in purposes for key in self._keys[each].values()]
 
     def seal(self, purpose: str, plaintext: bytes, tenant: str, column: str, *context: str) -> bytes:
@@ -155,6 +157,15 @@ class Keyring:
         """Whether `sign` made this for the message; None where no given key is the one it was made with."""
         key = self._keys[AUDIT].get(mac[:_ID])
         return None if key is None else hmac.compare_digest(mac[_ID:], _mac(key, message, chain))
+
+    def task_keys(self) -> list[bytes]:
+        """The keys that sign the tenants of tasks, the newest first; none for a ring without listed keys.
+
+        Raises: `SecretKeyError` where there are keys and none is for tasks.
+        """
+        if not self._keys[TASKS] and any(self._keys.values()):
+            raise SecretKeyError("no tasks key is among the given keys; `tenantdb generate-key --derive runtime` prints it too")
+        return list(self._keys[TASKS].values())
 
     @property
     def signs(self) -> bool:
