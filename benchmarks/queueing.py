@@ -1,18 +1,13 @@
-"""A Redis, a Celery application with two tasks that do nothing, one for a tenant and one for nobody, and a worker for both of them.
+"""A Celery application with two tasks that do nothing, one for a tenant and one for nobody, and a worker for both of them.
 
 Run as a program, this is the worker.
 """
 
-import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -49,34 +44,6 @@ def working(broker: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """A worker process for `tasks`, with a `TenantDB` of its own."""
     with started("benchmarks.queueing", json.dumps({"broker": broker, "arguments": dict(arguments)})):
         yield
-
-
-@contextmanager
-def redis() -> Iterator[str]:
-    """A Redis on a free port that keeps nothing. Gives its URL. Raises: `FileNotFoundError` where there is none on this machine."""
-    program = shutil.which("redis-server")
-    if program is None:
-        raise FileNotFoundError("redis-server is not installed; the benchmark of tasks needs it")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    arguments = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
-    server = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL)
-    try:
-        _wait_for(port)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _wait_for(port: int) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-            return
-        if time.monotonic() > deadline:
-            raise TimeoutError("Redis did not start")
-        time.sleep(0.01)
 
 
 def _work() -> None:
