@@ -11,7 +11,6 @@ registry tells that its tenant or its user has changed.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias
@@ -238,7 +237,7 @@ async def refuse(scope: Scope, send: Send, problem: Problem) -> None:
     if scope["type"] == "websocket":  # before it is accepted, so the server answers the handshake with 403
         await _close(send, problem)
         return
-    body = json.dumps(problem.body).encode()
+    body = problem.content
     headers = {**problem.headers, "content-length": str(len(body))}
     start = {"type": "http.response.start", "status": problem.status, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
     await send(start)

@@ -16,10 +16,10 @@ from uuid import UUID
 
 from tenantdb.aio import AsyncTenantDB
 from tenantdb.database import TenantDB
-from tenantdb.errors import AccessError, ConfigError, InvalidToken, NotAMember, TenantDBError, TenantNotFound
+from tenantdb.errors import AccessError, AuthenticationRequired, ConfigError, InvalidToken, NotAMember, TenantDBError, TenantNotFound
 from tenantdb.model import Facts, Identity, Tenant
 from tenantdb.requests import Gate, Problem, bearer_token, problem_for
-from tenantdb.resolvers import Domain, TenantName
+from tenantdb.resolvers import DomainName, TenantName
 from tenantdb.tokens import Tokens
 
 log = logging.getLogger("tenantdb.requests")
@@ -66,6 +66,8 @@ class Visit:
             if self._authenticate is not None:
                 found = self._authenticate(self.facts)
                 if inspect.isawaitable(found):
+                    if inspect.iscoroutine(found):
+                        found.close()  # or Python warns that nobody awaited it
                     raise ConfigError("authenticate= is a coroutine function, and WSGI cannot await it; give it an ordinary function")
                 self._identity = found
         return self._identity
@@ -84,22 +86,22 @@ class Visit:
     def tenant(self, names: Sequence[TenantName]) -> Tenant:
         """The one tenant that all names are of, if it may be served. Raises: `TenantMismatch`, and what `TenantDB.resolve` raises."""
         domains = self.db.domains
-        owners: dict[Domain, UUID | None] = {}
+        owners: dict[DomainName, UUID | None] = {}
         for name in names:
-            if isinstance(name, Domain):
+            if isinstance(name, DomainName):
                 owners[name] = _owner(domains.tenant_of, name, decides=name is names[0])
         return self.gate.agreed(self.db._lookups.servable(_key(names[0], owners)), names, owners)
 
     async def atenant(self, names: Sequence[TenantName]) -> Tenant:
         """The same for asyncio."""
         lookups = self.db._lookups
-        owners: dict[Domain, UUID | None] = {}
+        owners: dict[DomainName, UUID | None] = {}
         for name in names:
-            if isinstance(name, Domain):
+            if isinstance(name, DomainName):
                 owners[name] = await self._aowner(name, decides=name is names[0])
         return self.gate.agreed(await lookups.aservable(_key(names[0], owners)), names, owners)
 
-    async def _aowner(self, name: Domain, *, decides: bool) -> UUID | None:
+    async def _aowner(self, name: DomainName, *, decides: bool) -> UUID | None:
         domains = self.db.domains
         known = _owner(domains.peek, name, decides=decides)
         return known or await self.db._lookups.run(_owner, domains.tenant_of, name, decides=decides)
@@ -113,6 +115,12 @@ class Visit:
         before = self._identity
         if (identity and identity.user) != (before and before.user) or (tenant and tenant.id) != (bound and bound.id):
             raise InvalidToken("the credentials are somebody else's by now")
+
+    def without_tenant(self, identity: Identity | None) -> TenantDBError:
+        """What to raise where an application wants the tenant of a request that is not exempt, and was let through without one."""
+        if identity is not None:
+            return NotAMember("the token names no tenant")
+        return AuthenticationRequired() if self._authenticate is not None else TenantNotFound(self.facts.host)
 
     # -- what is answered --------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +141,7 @@ class Visit:
         return problem
 
 
-def _owner(ask: Callable[[str], UUID | None], name: Domain, *, decides: bool) -> UUID | None:
+def _owner(ask: Callable[[str], UUID | None], name: DomainName, *, decides: bool) -> UUID | None:
     try:
         return ask(name.name)
     except TenantNotFound:
@@ -142,8 +150,8 @@ def _owner(ask: Callable[[str], UUID | None], name: Domain, *, decides: bool) ->
         return None  # nobody's, so not that tenant's either
 
 
-def _key(name: TenantName, owners: Mapping[Domain, UUID | None]) -> str | UUID:
-    if not isinstance(name, Domain):
+def _key(name: TenantName, owners: Mapping[DomainName, UUID | None]) -> str | UUID:
+    if not isinstance(name, DomainName):
         return name
     owner = owners[name]
     if owner is None:

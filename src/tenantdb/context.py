@@ -123,6 +123,13 @@ def unbound() -> Iterator[None]:
         _bound.set(previous)
 
 
+def unbind() -> None:
+    """Nothing is bound from here on. For a context (`contextvars.Context`) of one's own that is thrown away: `unbound` puts things back,
+    and where it is never left the garbage collector has it do so, in whatever context that happens to be.
+    """
+    _bound.set(None)
+
+
 class ServableTenants(Protocol):
     """Where a `TenantContext` finds its tenant; both raise the typed error that says why it cannot be served."""
 
@@ -275,6 +282,11 @@ def acting(actor: str, request_id: str | None = None, source: str | None = None)
     finally:
         if _actor.get() is mine:
             _actor.set(previous)
+
+
+def act(actor: str, request_id: str | None = None, source: str | None = None) -> None:
+    """Say who acts from here on, in a context of one's own; see `unbind`."""
+    _actor.set(Actor(actor, request_id, source))
 
 
 class TenantLogFilter(logging.Filter):

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI
 from fastapi.encoders import jsonable_encoder
 from fastapi.openapi.models import HTTPBearer
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from fastapi.security.base import SecurityBase
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -27,7 +27,7 @@ from tenantdb.aio import AsyncTenantDB
 from tenantdb.asgi import TenantMiddleware
 from tenantdb.auth import Authenticate, Visit
 from tenantdb.context import current_tenant
-from tenantdb.errors import AuthenticationRequired, ConfigError, NotAMember, RoleRequired, TenantDBError
+from tenantdb.errors import AuthenticationRequired, ConfigError, RoleRequired, TenantDBError
 from tenantdb.model import Identity, MemberRole, Tenant
 from tenantdb.requests import ExemptRoutes
 from tenantdb.resolvers import Resolver
@@ -59,13 +59,13 @@ def install(
     _describe(app, ExemptRoutes(routes), authenticates=authenticate is not None, required=required)
 
 
-async def problem_response(request: Request, error: Exception) -> JSONResponse:
+async def problem_response(request: Request, error: Exception) -> Response:
     """The exception handler that `install` sets. An application mounted below answers its own errors, so it needs the handler too:
     ``FastAPI(exception_handlers={TenantDBError: problem_response})``."""
     if not isinstance(error, TenantDBError) or request.scope["type"] != "http":
         raise error  # a websocket: the middleware closes it
     problem = _visit(request).answer(error)
-    return JSONResponse(dict(problem.body), problem.status, dict(problem.headers))
+    return Response(problem.content, problem.status, dict(problem.headers))
 
 
 _PROBLEM = {
@@ -137,9 +137,7 @@ def _adb(connection: HTTPConnection) -> AsyncTenantDB:
 async def _tenant(connection: HTTPConnection) -> Tenant:
     visit = _visit(connection)
     if not visit.exempt and connection.scope["state"]["tenant"] is None:
-        if await visit.aidentify() is None:
-            raise AuthenticationRequired
-        raise NotAMember("the token names no tenant")
+        raise visit.without_tenant(await visit.aidentify())
     return current_tenant()
 
 

@@ -52,7 +52,6 @@ class PreparedKey:
 
     kid: str
     algorithm: str
-    method: Algorithm = field(repr=False)
     verifying: Any = field(repr=False)
     signing: Any = field(repr=False, default=None)
 
@@ -85,11 +84,11 @@ def prepared(value: str | bytes, algorithm: str, kid: str | None) -> PreparedKey
     if weakness:
         raise ConfigError(f"the key of access tokens is too weak for {algorithm}: {weakness}")
     if algorithm in SYMMETRIC:
-        return PreparedKey(kid or hashlib.sha256(b"kid" + raw).hexdigest()[:8], algorithm, method, key, key)
+        return PreparedKey(kid or hashlib.sha256(b"kid" + raw).hexdigest()[:8], algorithm, key, key)
     public = key.public_key() if hasattr(key, "private_bytes") else key
     encoded = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     kid = kid or hashlib.sha256(encoded).hexdigest()[:8]
-    return PreparedKey(kid, algorithm, method, public, None if public is key else key)
+    return PreparedKey(kid, algorithm, public, None if public is key else key)
 
 
 def _refuse_unarmoured(method: Algorithm, raw: bytes) -> None:
@@ -231,7 +230,7 @@ class JWKS:
                 continue  # a curve of another algorithm
             if weakness := method.check_key_length(key):
                 raise ValueError(weakness)
-            return PreparedKey(kid, algorithm, method, key)
+            return PreparedKey(kid, algorithm, key)
         return None
 
     def start_empty(self) -> object:

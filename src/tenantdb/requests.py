@@ -10,6 +10,7 @@ Pure, and the one brain of every adapter, so that two web frameworks cannot answ
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from tenantdb.errors import (
     TenantNotFound,
 )
 from tenantdb.model import Facts, Identity, Tenant
-from tenantdb.resolvers import Domain, Resolver, TenantName, names_of, tenant_key
+from tenantdb.resolvers import DomainName, Resolver, TenantName, names_of, tenant_key
 
 _RETRY_AFTER = 30  # seconds, where an error that a client may try again after does not know better
 
@@ -161,10 +162,10 @@ class Gate:
             raise TenantMismatch from None
 
     @staticmethod
-    def agreed(tenant: Tenant, names: Iterable[TenantName], owners: Mapping[Domain, UUID | None]) -> Tenant:
+    def agreed(tenant: Tenant, names: Iterable[TenantName], owners: Mapping[DomainName, UUID | None]) -> Tenant:
         """The tenant, where all names are its; ``owners`` says whose the domains are. Raises: `TenantMismatch`."""
         for name in names:
-            if tenant.id != (owners.get(name) if isinstance(name, Domain) else name) and name != tenant.slug:
+            if tenant.id != (owners.get(name) if isinstance(name, DomainName) else name) and name != tenant.slug:
                 raise TenantMismatch
         return tenant
 
@@ -174,11 +175,16 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An answer to a client, after RFC 9457: send ``body`` as JSON with these headers."""
+    """An answer to a client, after RFC 9457: send ``content``, which is ``body`` as JSON, with these headers."""
 
     status: int
     headers: Mapping[str, str]
     body: Mapping[str, Any]
+
+    @property
+    def content(self) -> bytes:
+        """The same bytes whoever sends them: a middleware or, for what a route raises, a framework's error handler."""
+        return json.dumps(self.body).encode()
 
 
 @dataclass(frozen=True, slots=True)

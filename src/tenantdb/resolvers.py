@@ -67,7 +67,7 @@ def _shown(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Domain:
+class DomainName:
     """A tenant named by a domain of its own; which tenant that is, the registry knows (``db.domains``)."""
 
     name: str
@@ -76,9 +76,9 @@ class Domain:
         return self.name
 
 
-TenantName = str | UUID | Domain
+TenantName = str | UUID | DomainName
 Resolver = Callable[[Facts], "TenantName | tuple[TenantName, ...] | None"]
-"""From the facts of a request to the tenant it names: a slug, an id, a `Domain`, or None. Pure: it asks neither registry nor clock.
+"""From the facts of a request to the tenant it names: a slug, an id, a `DomainName`, or None. Pure: it asks neither registry nor clock.
 
 A tuple holds several names that must all be the same tenant's, which only who has looked it up can tell; see `all_agree`.
 """
@@ -89,7 +89,7 @@ def names_of(resolver: Resolver, facts: Facts) -> tuple[TenantName, ...]:
     found = resolver(facts)
     if found is None:
         return ()
-    return tuple(name if isinstance(name, Domain) else tenant_key(name) for name in (found if isinstance(found, tuple) else (found,)))
+    return tuple(name if isinstance(name, DomainName) else tenant_key(name) for name in (found if isinstance(found, tuple) else (found,)))
 
 
 def claim(name: str = "tenant_id") -> Resolver:
@@ -143,7 +143,7 @@ def custom_domain(*own: str) -> Resolver:
         host = facts.host
         if _DOMAIN.fullmatch(host) is None or any(host.endswith(base) or host == base[1:] for base in bases):
             return None
-        return Domain(host)
+        return DomainName(host)
 
     return by_domain
 

@@ -1,9 +1,9 @@
 """Access tokens: short-lived, signed, and read more strictly than JWT libraries do.
 
-PyJWT has the keys and the algorithms. What a token means is read here, once: a library that serves everybody accepts too much (numbers as
-strings, no expiry, several audiences, a key given twice, a refresh token in place of an access token), and the header that was checked has
-to be the one that chose the key. A token says who its holder claims to be; whether that user may enter the tenant is asked of the registry
-on each request, never believed of a token.
+PyJWT makes and checks signatures. What a token means is read here: a library that serves everybody accepts too much (numbers as strings,
+no expiry, several audiences, a key given twice, a refresh token in place of an access token), and the header chooses a key before PyJWT
+is asked whether that key, with its own algorithm, has signed this. A token says who its holder claims to be; whether that user may enter
+the tenant is asked of the registry on each request, never believed of a token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import jwt
+
 from tenantdb.errors import ConfigError, InvalidToken
-from tenantdb.jwks import JWKS, SYMMETRIC, PreparedKey, prepared
+from tenantdb.jwks import ALGORITHMS, JWKS, SYMMETRIC, PreparedKey, prepared
 
 MAX_SIZE = 8192  # characters of a token; more is refused before anything is parsed
 MAX_LIFETIME = timedelta(hours=24)
@@ -133,8 +135,8 @@ class Tokens:
             payload[self.claim] = str(UUID(str(tenant)))
         if role is not None:
             payload["role"] = str(role)
-        signed = f"{_encoded({'alg': key.algorithm, 'kid': key.kid, 'typ': self._typ})}.{_encoded(payload)}"
-        token = f"{signed}.{_base64(key.method.sign(signed.encode(), key.signing))}"
+        encoded = json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
+        token = _JWS.encode(encoded, key.signing, key.algorithm, {"typ": self._typ, "kid": key.kid})
         if len(token) > MAX_SIZE:
             raise ValueError(f"the token has {len(token)} characters, {MAX_SIZE} are accepted; put less into claims")
         return token
@@ -148,18 +150,14 @@ class Tokens:
         try:
             if len(token) > MAX_SIZE or not _SHAPE.fullmatch(token):
                 raise InvalidToken(f"this is not a signed token of at most {MAX_SIZE} characters")
-            signed, _, signature = token.rpartition(".")
-            head, _, body = signed.partition(".")
-            header = _decoded(head)
-            key = self._key_of(header)
-            proof = _bytes(signature)
-            if _base64(proof) != signature:  # the bits that the last character has to spare would give a token more spellings
+            head, _, signature = token.split(".")
+            key = self._key_of(_decoded(_bytes(head)))
+            found = _JWS.decode_complete(token, key.verifying, [key.algorithm])
+            if _base64(found["signature"]) != signature:  # the bits that the last character has to spare would give it more spellings
                 raise InvalidToken("the token's signature is not in its canonical form")
-            if not key.method.verify(signed.encode(), key.verifying, proof):
-                raise InvalidToken("the token's signature is wrong")
-            payload = _decoded(body)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise InvalidToken(f"the token cannot be read ({type(error).__name__})") from None
+            payload = _decoded(found["payload"])
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            raise InvalidToken(f"the token cannot be read or its signature is wrong ({type(error).__name__})") from None
         self._check_times(payload)
         if payload.get("iss") != self._issuer:
             raise InvalidToken("the token is not of our issuer")
@@ -256,12 +254,8 @@ def _bytes(segment: str) -> bytes:
     return base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
 
 
-def _encoded(data: Mapping[str, Any]) -> str:
-    return _base64(json.dumps(data, separators=(",", ":"), allow_nan=False).encode())
-
-
-def _decoded(segment: str) -> dict[str, Any]:
-    found = _JSON.decode(_bytes(segment).decode())
+def _decoded(data: bytes) -> dict[str, Any]:
+    found = _JSON.decode(data.decode())
     if not isinstance(found, dict):
         raise ValueError("not an object")
     return found
@@ -280,3 +274,4 @@ def _no_constant(name: str) -> None:
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+_JWS = jwt.PyJWS(algorithms=list(ALGORITHMS))

@@ -60,17 +60,23 @@ class World:
             return [patient.name for patient in session.query(Patient).order_by(Patient.id)]
 
 
+TOKEN_KEY = "a key for these tests of 32 bytes"
+
+
+def new_tokens() -> Tokens:
+    return Tokens(TOKEN_KEY, issuer="clinic", audience="clinic-api", tenant_required=False)
+
+
 @contextmanager
 def new_world(folder: Path) -> Iterator[World]:
     db = TenantDB(f"sqlite:///{folder}/central.sqlite3")
     db.init()
-    tokens = Tokens("a key for these tests of 32 bytes", issuer="clinic", audience="clinic-api", tenant_required=False)
     ann = db.users.create("ann@acme.example", "correct horse battery")
     bob = db.users.create("bob@globex.example", "correct horse battery")
     acme, globex = (add_tenant(db, slug) for slug in ("acme", "globex"))
     db.memberships.add(ann, acme, role="admin")
     db.memberships.add(bob, globex, role="user")
-    yield World(db, AsyncTenantDB(db), tokens, acme, globex, ann, bob)
+    yield World(db, AsyncTenantDB(db), new_tokens(), acme, globex, ann, bob)
     db.close()
 
 

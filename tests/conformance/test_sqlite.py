@@ -46,6 +46,21 @@ async def test_ddl_of_a_transaction_that_is_rolled_back_is_gone(face: Face, fres
         assert "rooms" not in inspect(connection).get_table_names()
 
 
+async def test_a_transaction_whose_commit_failed_reaches_nobody_else(face: Face, fresh: Tenant) -> None:
+    """A deferred constraint fails COMMIT, and SQLite keeps the transaction open, which SQLAlchemy takes for ended."""
+    ddl = "CREATE TABLE IF NOT EXISTS suites (id INTEGER PRIMARY KEY, part_of INTEGER REFERENCES suites DEFERRABLE INITIALLY DEFERRED)"
+    async with face.begin(fresh) as session:
+        await session.execute(text(ddl))
+
+    async with face.session(fresh) as session:
+        await session.execute(text("INSERT INTO suites VALUES (1, 99)"))
+        with pytest.raises(IntegrityError):
+            await session.commit()
+
+    async with face.session(fresh) as session:
+        assert (await session.execute(text("SELECT count(*) FROM suites"))).scalar() == 0
+
+
 def test_writers_that_read_first_wait_for_each_other_in_threads(db: TenantDB, fresh: Tenant) -> None:
     def count_up(_: int) -> None:
         with db.begin(fresh) as session:

@@ -32,6 +32,7 @@ _SHOWN = frozenset({"text", "mermaid", "json"})  # never run and never written
 # What goes on in a terminal of its own, and what it says when it is ready.
 _SERVICES = {
     "uvicorn": "Application startup complete",
+    "gunicorn --bind": "Booting worker",
     "tenantdb dev": "Ctrl-C stops",
     "tenantdb worker": "Waiting for work",
 }

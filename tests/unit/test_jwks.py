@@ -297,7 +297,7 @@ GARBAGE: dict[str, bytes] = {
     "a bomb of objects": b'{"keys":' * 100_000,
     "a number of a million digits": b'{"keys": ' + b"9" * 1_000_000 + b"}",
     "what is not UTF-8": b'{"keys": "\xff\xfe"}',
-    "too much": b" " * MAX_BYTES + json.dumps({"keys": [public(FIRST, "RS256", "k1")]}).encode(),
+    "too much": json.dumps({"keys": [public(FIRST, "RS256", "k1")]}).encode() + b" " * MAX_BYTES,
 }
 
 

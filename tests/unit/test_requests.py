@@ -208,7 +208,8 @@ def examples() -> list[TenantDBError]:
     """Every error of the tree, filled with a canary where it takes a text."""
     found: list[TenantDBError] = []
     for kind in errors.all_errors():
-        for arguments in ((), (CANARY,), (CANARY, CANARY), (CANARY, CANARY, CANARY), (CANARY,) * 4, (CANARY, 1.0, STATS)):
+        texts = ((CANARY,) * number for number in range(5))
+        for arguments in (*texts, (CANARY, 1.0, STATS), (1, {CANARY: CANARY})):
             try:
                 error = kind(*arguments)
                 str(error)

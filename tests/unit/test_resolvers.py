@@ -17,7 +17,7 @@ from tenantdb.model import Facts, Identity, Tenant, TenantState
 from tenantdb.requests import Gate, check_path, host_name
 from tenantdb.resolvers import (
     RESERVED_SLUGS,
-    Domain,
+    DomainName,
     Resolver,
     all_agree,
     canonical_slug,
@@ -310,11 +310,11 @@ def test_a_base_domain_may_be_written_as_a_browser_would(written: str) -> None:
 @pytest.mark.parametrize(
     ("host", "name"),
     [
-        ("praxis.example", Domain("praxis.example")),
-        ("PRAXIS.example.:443", Domain("praxis.example")),
-        ("xn--rztin-ira.example", Domain("xn--rztin-ira.example")),
-        ("clinic.example.evil.example", Domain("clinic.example.evil.example")),
-        ("evil-clinic.example", Domain("evil-clinic.example")),
+        ("praxis.example", DomainName("praxis.example")),
+        ("PRAXIS.example.:443", DomainName("praxis.example")),
+        ("xn--rztin-ira.example", DomainName("xn--rztin-ira.example")),
+        ("clinic.example.evil.example", DomainName("clinic.example.evil.example")),
+        ("evil-clinic.example", DomainName("evil-clinic.example")),
         ("clinic.example", NOTHING),
         ("acme.clinic.example", NOTHING),
         ("a.b.clinic.example", NOTHING),
@@ -342,7 +342,7 @@ def test_a_custom_domain_is_a_whole_host_that_is_not_ours(host: str, name: objec
 
 
 def test_without_our_own_domains_every_host_name_is_somebodys() -> None:
-    assert found(custom_domain(), request("clinic.example")) == Domain("clinic.example")
+    assert found(custom_domain(), request("clinic.example")) == DomainName("clinic.example")
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_all_that_several_name_is_named() -> None:
 def test_they_can_stand_inside_one_another() -> None:
     nested = all_agree(first_of(BY_HOST, custom_domain("clinic.example")), first_of(all_agree(BY_PATH, BY_HEADER)))
 
-    assert found(nested, request("praxis.example", "/t/acme", x_tenant_id="acme")) == (Domain("praxis.example"), "acme", "acme")
+    assert found(nested, request("praxis.example", "/t/acme", x_tenant_id="acme")) == (DomainName("praxis.example"), "acme", "acme")
     assert found(nested, request("acme.clinic.example", "/t/acme")) == ("acme", "acme")
     assert found(first_of(all_agree(BY_PATH, BY_HEADER), BY_HOST), request("acme.clinic.example")) == "acme"
 
@@ -482,7 +482,7 @@ def test_they_can_stand_inside_one_another() -> None:
 
 ACME = Tenant(id=ID, slug="acme", name="Acme", state=TenantState.ACTIVE)
 GLOBEX = uuid.UUID("0f5a61f2-6c53-4f1b-9d2e-9f1df1a0c002")
-OWNERS = {Domain("praxis.example"): ID, Domain("globex.example"): GLOBEX, Domain("nobody.example"): None}
+OWNERS = {DomainName("praxis.example"): ID, DomainName("globex.example"): GLOBEX, DomainName("nobody.example"): None}
 
 
 def admitted(resolver: Resolver | None, facts: Facts, *, identity: Identity | None = None) -> bool:
@@ -551,7 +551,7 @@ def test_a_tenant_has_one_entry_in_memory_however_it_is_named(sqlite_world: SQLi
                 names = names_of(everywhere, facts)
             except InvalidTenantKey:
                 continue
-            assert {db.resolve(name).id for name in names if not isinstance(name, Domain)} == {acme.id}
+            assert {db.resolve(name).id for name in names if not isinstance(name, DomainName)} == {acme.id}
 
     assert len(asked) == 1
 

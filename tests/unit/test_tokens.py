@@ -578,11 +578,19 @@ def test_a_token_of_another_type_is_no_access_token(typ: Any) -> None:
 
 
 def test_a_token_over_eight_kilobytes_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenantdb.tokens._decoded", None)  # whoever parses now fails otherwise
+    parsed: list[object] = []
 
-    refused(sign(HEADER, {**CLAIMS, "x": "x" * MAX_SIZE}))
-    refused("a.b." + "c" * 50_000_000)
-    refused(sign(HEADER, "[" * 100_000))
+    def parse(segment: object) -> dict[str, Any]:
+        parsed.append(segment)
+        return {}
+
+    monkeypatch.setattr("tenantdb.tokens._decoded", parse)
+
+    for large in (sign(HEADER, {**CLAIMS, "x": "x" * MAX_SIZE}), "a.b." + "c" * 50_000_000, sign(HEADER, "[" * 100_000)):
+        assert "at most" in refused(large)
+    assert parsed == []
+    refused(sign(HEADER, {**CLAIMS, "x": "x" * (MAX_SIZE // 2)}))
+    assert len(parsed) == 1
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])

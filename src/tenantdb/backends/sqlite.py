@@ -198,7 +198,8 @@ class FileWire:
         """The rollback costs no round trip, so it happens at once."""
 
     def send_reset(self) -> bool:
-        return True
+        """False after a COMMIT that failed (a deferred constraint): SQLite keeps the transaction, which SQLAlchemy takes for ended."""
+        return not self._driver.in_transaction
 
     def settled(self) -> bool | None:
         return True

@@ -46,6 +46,7 @@ class Invocation:
     app: str | None = None
     json: bool = False
     traceback: bool = False
+    given: TenantDB | None = None  # by a framework's own command line, which has found the application already; closed by who gave it
 
     def reference(self) -> str | None:
         """Where the application's `TenantDB` is, as ``module:name``; None where nobody says."""
@@ -55,6 +56,8 @@ class Invocation:
         """The application's `TenantDB`, closed when the command ends. Raises: `UsageProblem`, `NoSettings`, `ConfigError`."""
         from tenantdb.database import TenantDB
 
+        if self.given is not None:
+            return self.given
         if reference := self.reference():
             db = load(reference)
         elif _has_url():
@@ -68,7 +71,7 @@ class Invocation:
         """The settings alone, for what needs no registry: without any, the defaults and the other ``TENANTDB_*`` variables."""
         from tenantdb.settings import Settings
 
-        if self.reference() or _has_url():
+        if self.given is not None or self.reference() or _has_url():
             return self.database().settings
         return Settings.from_env(url="sqlite:///unused")
 
