@@ -151,4 +151,5 @@ def bench(session: nox.Session) -> None:
     if sys.version_info < (3, 11):
         session.error(f"benchmarks need Python 3.11 or later (their peer does); this is {platform.python_version()}")
     install(session, "test", "bench")
-    session.run("python", "-m", "benchmarks", *session.posargs)
+    env = {"TEST_REDIS_SERVER": _distribution_redis(session)} if "middleware" in session.posargs else None
+    session.run("python", "-m", "benchmarks", *session.posargs, env=env)

