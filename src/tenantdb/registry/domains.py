@@ -19,6 +19,7 @@ from tenantdb.model import Domain, Tenant
 from tenantdb.registry import audit, tables
 from tenantdb.registry.answers import Answers
 from tenantdb.registry.ids import chunks, tenant_id_of
+from tenantdb.registry.names import KnownNames
 from tenantdb.registry.transactions import Transactions
 
 RULE = (
@@ -40,14 +41,18 @@ def is_domain(value: object) -> bool:
 
 
 class DomainStore:
-    """Reads and writes domains; `tenant_of` is for every request. Safe to share between threads."""
+    """Reads and writes domains; `tenant_of` is for every request. Safe to share between threads.
+
+    Whoever calls us chooses the host, so `KnownNames` bounds what unknown ones cost, as it does for tenants' own names.
+    """
 
     def __init__(self, transactions: Transactions, *, size: int, ttl: float, clock: Callable[[], float]) -> None:
         self._transactions = transactions
         self._answers: Answers[str, UUID] = Answers(
             size=size, ttl=ttl, clock=clock, is_absent=lambda tenant_id: tenant_id == _NOBODY, subjects=lambda domain: (domain,)
         )
-        self.clear, self.forget = self._answers.clear, self._answers.forget
+        self._names = KnownNames(self._read_names, ttl=ttl, clock=clock)
+        self.clear = self._answers.clear
 
     # -- the data path --
 
@@ -60,12 +65,29 @@ class DomainStore:
 
     def tenant_of(self, domain: str) -> UUID:
         """The id of the tenant that a domain leads to, from memory or by one query. Raises: as `peek`; `RegistryUnavailable`."""
-        return self.peek(domain) or _somebody(domain, self._answers.get(domain, self._load)) or _NOBODY
+        found = self.peek(domain)
+        if found is not None:
+            return found
+        if self._names.rule_out(domain):  # and not remembered: what the list rules out is as old as the list
+            raise TenantNotFound(domain)
+        return _somebody(domain, self._answers.get(domain, self._load)) or _NOBODY
 
     def _load(self, domain: str) -> UUID:
         with self._transactions.read() as connection:
             found: UUID | None = connection.scalar(select(_domains.c.tenant_id).where(_domains.c.domain == domain))
-        return _NOBODY if found is None else found
+        if found is None:
+            self._names.missed()
+            return _NOBODY
+        return found
+
+    def _read_names(self) -> builtins.list[str]:
+        with self._transactions.read() as connection:
+            return builtins.list(connection.scalars(select(_domains.c.domain)))
+
+    def forget(self, domain: str) -> None:
+        """The domain was added or removed: the next look-up asks the database."""
+        self._answers.forget(domain)
+        self._names.add(domain)
 
     def check(self, *, everything: bool) -> builtins.list[str]:
         """Compare what is in use with the registry; see `Answers.check`."""
