@@ -107,7 +107,8 @@ class Visit:
         return known or await self.db._lookups.run(_owner, domains.tenant_of, name, decides=decides)
 
     async def again(self, authenticate: Any, bound: Tenant | None) -> None:
-        """Whether a websocket that was let in before would be let in now, to the same tenant. Raises: what says why not."""
+        """Whether a websocket that was let in before would be let in now, to the same tenant and in the same role, which its application
+        has looked at once. Raises: what says why not."""
         now = Visit(self.db, self.adb, self.gate, authenticate, self.facts, self.source)
         identity = await now.aidentify()
         names = self.gate.names(self.facts, identity)
@@ -115,6 +116,8 @@ class Visit:
         before = self._identity
         if (identity and identity.user) != (before and before.user) or (tenant and tenant.id) != (bound and bound.id):
             raise InvalidToken("the credentials are somebody else's by now")
+        if (identity and identity.role) != (before and before.role):
+            raise AccessError("the role is another by now")
 
     def without_tenant(self, identity: Identity | None) -> TenantDBError:
         """What to raise where an application wants the tenant of a request that is not exempt, and was let through without one."""

@@ -614,6 +614,24 @@ async def test_an_idle_websocket_is_closed_at_once_when_its_user_is_no_member_an
     await peer.served
 
 
+@pytest.mark.parametrize("looked_at", [True, False])
+async def test_a_websocket_is_closed_when_its_user_has_another_role(world: World, monkeypatch: pytest.MonkeyPatch, looked_at: bool) -> None:
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        async for _ in websocket.iter_text():
+            await websocket.send_text(websocket.state.identity.role)
+
+    peer = await accepted(world, protect(world, Starlette(routes=[WebSocketRoute("/ws", endpoint)])), world.as_ann)
+    if not looked_at:
+        monkeypatch.setattr(asgi._Socket, "_still_welcome", welcome)
+
+    world.db.memberships.add(world.ann, world.acme, role="user")
+
+    answer = await peer.ask("websocket.receive", text="as whom?")
+    assert answer is not None and answer.get("code") == (1008 if looked_at else None)
+    assert answer.get("text") == (None if looked_at else "admin")
+
+
 async def test_a_websocket_that_nobody_tells_of_a_change_is_looked_at_on_a_schedule(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(world.db._registry.changes), "subscribe", lambda self, callback: lambda: None)
     monkeypatch.setattr(world.db, "settings", world.db.settings.model_copy(update={"cache_ttl": 0.05}))
