@@ -24,10 +24,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tenantdb import asgi, requests
 from tenantdb.asgi import RegistryAuth, TenantMiddleware, facts_of
+from tenantdb.auth import Visit
 from tenantdb.context import bound_or_none, current_actor, current_tenant
 from tenantdb.errors import (
     NoTenantBound,
@@ -677,6 +678,60 @@ async def test_what_an_application_pushes_is_looked_at_too(world: World) -> None
     assert answer is not None and (answer["type"], answer["code"]) == ("websocket.close", 1008)
     await peer.served
     assert failed and not [message for message in peer.sent() if message["type"] == "websocket.send"]
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_nothing_is_pushed_while_a_websocket_is_looked_at_nor_when_looking_was_cancelled(
+    world: World, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    looks, asking, go, failed = [], asyncio.Event(), asyncio.Event(), []
+    again = Visit.again
+
+    async def slow(visit: Visit, *rest: Any) -> None:
+        looks.append(visit)
+        asking.set()
+        await go.wait()
+        await again(visit, *rest)
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reading = asyncio.ensure_future(websocket.receive())
+        await asking.wait()
+        if cancelled:
+            reading.cancel()
+            await asyncio.wait([reading])
+        pushing = asyncio.ensure_future(websocket.send_text("of a tenant that is suspended"))
+        asyncio.get_running_loop().call_soon(go.set)
+        try:
+            await pushing
+        except WebSocketDisconnect as error:
+            failed.append(error)
+        await asyncio.wait([reading])
+
+    peer = await accepted(world, protect(world, Starlette(routes=[WebSocketRoute("/ws", endpoint)])))
+    monkeypatch.setattr(Visit, "again", slow)
+    world.db.suspend(world.globex)
+    await peer.served
+
+    assert [message["type"] for message in peer.sent()] == ["websocket.close"]
+    assert failed and len(looks) == (2 if cancelled else 1)
+
+
+async def test_a_client_that_has_left_is_not_told_to_go(world: World) -> None:
+    heard: list[Any] = []
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        heard.append(await websocket.receive())
+
+    peer = await accepted(world, protect(world, Starlette(routes=[WebSocketRoute("/ws", endpoint)])))
+    while not peer.listened_to:
+        await asyncio.sleep(0)
+    peer.say("websocket.disconnect", code=1001)
+    world.db.suspend(world.globex)
+    await peer.served
+
+    assert heard == [{"type": "websocket.disconnect", "code": 1001}] and peer.sent() == []
 
 
 async def test_a_websocket_ends_with_its_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
