@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias
 
@@ -75,7 +76,7 @@ class TenantMiddleware:
         kind = scope["type"]
         if kind not in ("http", "websocket"):
             if kind == "lifespan":
-                await self._prepare(scope)
+                await self._prepare(scope, receive, send)
             await self.app(scope, receive, send)
             return
         self.db.watch()
@@ -94,10 +95,15 @@ class TenantMiddleware:
                 raise
             await refuse(scope, send, visit.answer(error))
 
-    async def _prepare(self, scope: Scope) -> None:
+    async def _prepare(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application starts: fetch what its first requests need, and look whether middleware stands in a useful order."""
         if self._start is not None:
-            await asyncio.to_thread(self._start)
+            try:
+                await asyncio.to_thread(self._start)
+            except Exception:  # raised alone, it has uvicorn believe that there is no lifespan, and serve without the application's own
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
+                raise
         order = [getattr(each, "cls", None) for each in getattr(scope.get("app"), "user_middleware", ())]
         if type(self) in order and any(getattr(cls, "__name__", "") == "CORSMiddleware" for cls in order[order.index(type(self)) :]):
             log.warning(

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -31,6 +31,7 @@ from tenantdb.asgi import RegistryAuth, TenantMiddleware, facts_of
 from tenantdb.auth import Visit
 from tenantdb.context import bound_or_none, current_actor, current_tenant
 from tenantdb.errors import (
+    ConfigError,
     NoTenantBound,
     RegistryUnavailable,
     ServerUnavailable,
@@ -759,6 +760,31 @@ async def test_a_websocket_whose_client_leaves_lets_the_tenant_go(world: World) 
 
     with pytest.raises(TenantContextClosed):
         inherited[0].run(current_tenant)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_an_application_whose_credentials_cannot_be_prepared_does_not_start(world: World, fails: bool) -> None:
+    began: list[str] = []
+
+    class Auth(RegistryAuth):
+        def start(self) -> None:
+            if fails:
+                raise ConfigError("no key set")
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        began.append("application")
+        yield
+
+    app = Starlette(lifespan=lifespan)
+    app.add_middleware(TenantMiddleware, db=world.adb, authenticate=Auth(world.tokens, world.adb))
+    config = uvicorn.Config(app, log_config=None)
+    config.load()
+    started = config.lifespan_class(config)
+    await started.startup()
+    await started.shutdown()
+
+    assert (started.should_exit, began) == ((True, []) if fails else (False, ["application"]))
 
 
 async def test_the_lifespan_passes_untouched(world: World) -> None:
