@@ -16,7 +16,16 @@ from uuid import UUID
 
 from tenantdb.aio import AsyncTenantDB
 from tenantdb.database import TenantDB
-from tenantdb.errors import AccessError, AuthenticationRequired, ConfigError, InvalidToken, NotAMember, TenantDBError, TenantNotFound
+from tenantdb.errors import (
+    AccessError,
+    AuthenticationRequired,
+    ConfigError,
+    InvalidToken,
+    NotAMember,
+    RegistryUnavailable,
+    TenantDBError,
+    TenantNotFound,
+)
 from tenantdb.model import Facts, Identity, Tenant
 from tenantdb.requests import Gate, Problem, bearer_token, problem_for
 from tenantdb.resolvers import DomainName, TenantName
@@ -225,7 +234,9 @@ def _judged(
 ) -> Identity:
     if not standing.exists:
         raise InvalidToken("the token's user does not exist any more")
-    if revoked is not False:
+    if revoked is None:  # not even after the list was read: that says nothing of the token
+        raise RegistryUnavailable("it took too long to tell which tokens were revoked")
+    if revoked:
         raise InvalidToken("the token was revoked")
     issued = claims["iat"]
     if standing.tokens_valid_from is not None and issued < standing.tokens_valid_from:

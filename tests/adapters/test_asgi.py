@@ -894,6 +894,16 @@ async def test_an_outage_of_the_registry_is_a_503_and_is_not_remembered(world: W
     assert (await request(app, "/", world.as_ann)).status == 200
 
 
+@pytest.mark.parametrize(("told", "status"), [(None, 503), (True, 401), (False, 200)])
+async def test_a_list_of_revoked_tokens_that_comes_too_late_says_nothing_of_the_token(
+    world: World, monkeypatch: pytest.MonkeyPatch, told: bool | None, status: int
+) -> None:
+    app = catch_all(world, whoami)
+    monkeypatch.setattr(world.db._registry.revocations, "peek", lambda jti: told)  # also once it was read
+
+    assert (await request(app, "/", world.as_ann)).status == status
+
+
 # -- over a socket ---------------------------------------------------------------------------------------------------------------------
 
 
