@@ -22,11 +22,11 @@ from tenantdb.errors import (
     TenantNotFound,
     UserNotFound,
 )
-from tenantdb.model import Tenant, TenantState, User
+from tenantdb.model import Facts, Tenant, TenantState, User
 from tenantdb.registry import Registry, SignUp, Standing, tables
 from tenantdb.registry.answers import MOST_LOOKS, Answers
-from tenantdb.registry.domains import is_domain
 from tenantdb.registry.revocations import OVERLAP, WHOLE
+from tenantdb.resolvers import DomainName, custom_domain, names_of
 from tests.unit.registry_fixtures import PASSWORD, Clock
 from tests.unit.test_registry_notices import counted
 
@@ -189,8 +189,11 @@ def test_a_flood_of_unknown_users_is_bounded(registry: Registry, ada: User) -> N
 @pytest.mark.parametrize(
     "domain", ["clinic.example", "a.b", "xn--bcher-kva.example", "www.a-1.co.uk", "1.example", "1e3.a1", f"{'a' * 63}.b"]
 )
-def test_a_host_name_is_a_domain(domain: str) -> None:
-    assert is_domain(domain)
+def test_a_host_name_is_a_domain_that_a_tenant_may_have_and_a_request_may_name(registry: Registry, acme: Tenant, domain: str) -> None:
+    registry.domains.add(domain, acme)
+
+    assert names_of(custom_domain("ours.example"), Facts("https", domain, "/", "GET", {})) == (DomainName(domain),)
+    assert registry.domains.tenant_of(domain) == acme.id
 
 
 NOT_DOMAINS = [

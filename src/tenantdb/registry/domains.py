@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
@@ -21,23 +20,15 @@ from tenantdb.registry.answers import Answers
 from tenantdb.registry.ids import chunks, tenant_id_of
 from tenantdb.registry.names import KnownNames
 from tenantdb.registry.transactions import Transactions
+from tenantdb.resolvers import is_domain
 
 RULE = (
     "a domain is a host name of at least two labels in lower-case ASCII (xn-- for other letters), without scheme, port, path or final dot,"
     " at most 253 characters, and no IP address"
 )
-_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
-# The last label has a letter, as every top-level domain does (RFC 3696, 2), so that no spelling of an IP address is one.
-_DOMAIN = re.compile(rf"(?:{_LABEL}\.)+(?=[a-z0-9-]*[a-z])(?!0x[0-9a-f]*\Z){_LABEL}", re.ASCII)
-_MOST = 253
 _NOBODY = UUID(int=0)  # no tenant has this id
 
 _domains = tables.domains
-
-
-def is_domain(value: object) -> bool:
-    """Whether this is a domain in its one canonical form. Nothing is folded into it: see `tenantdb.resolvers`."""
-    return isinstance(value, str) and len(value) <= _MOST and _DOMAIN.fullmatch(value) is not None
 
 
 class DomainStore:
