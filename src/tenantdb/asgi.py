@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias
 
@@ -75,7 +76,7 @@ class TenantMiddleware:
         kind = scope["type"]
         if kind not in ("http", "websocket"):
             if kind == "lifespan":
-                await self._prepare(scope)
+                await self._prepare(scope, receive, send)
             await self.app(scope, receive, send)
             return
         self.db.watch()
@@ -94,10 +95,15 @@ class TenantMiddleware:
                 raise
             await refuse(scope, send, visit.answer(error))
 
-    async def _prepare(self, scope: Scope) -> None:
+    async def _prepare(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application starts: fetch what its first requests need, and look whether middleware stands in a useful order."""
         if self._start is not None:
-            await asyncio.to_thread(self._start)
+            try:
+                await asyncio.to_thread(self._start)
+            except Exception:  # raised alone, it has uvicorn believe that there is no lifespan, and serve without the application's own
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
+                raise
         order = [getattr(each, "cls", None) for each in getattr(scope.get("app"), "user_middleware", ())]
         if type(self) in order and any(getattr(cls, "__name__", "") == "CORSMiddleware" for cls in order[order.index(type(self)) :]):
             log.warning(
@@ -151,6 +157,7 @@ class _Socket:
         self._clock = loop.time
         self._due = self._clock() + self._every
         self._changed = asyncio.Event()
+        self._looking = asyncio.Lock()
         self._incoming: asyncio.Future[Message] | None = None
         self._refused = False
         identity = visit._identity
@@ -167,7 +174,9 @@ class _Socket:
         """The next message; while waiting for it the socket is looked at again whenever that is due."""
         incoming = self._incoming = self._incoming or asyncio.ensure_future(self._receive())
         while True:
-            if not await self._still_welcome():
+            # Who is gone already is not told to go: a server takes no message after its client's end.
+            gone = incoming.done() and incoming.result()["type"] == "websocket.disconnect"
+            if not gone and not await self._still_welcome():
                 return {"type": "websocket.disconnect", "code": 1008}
             if incoming.done():
                 self._incoming = None
@@ -186,19 +195,25 @@ class _Socket:
         await self._send(message)
 
     async def _still_welcome(self) -> bool:
-        if self._refused:
-            return False
-        if not self._changed.is_set() and self._clock() < self._due:
-            return True
-        self._changed.clear()
+        # An application may read and write in two tasks: while one looks, the other waits for what it finds.
+        if self._looking.locked() or self._changed.is_set() or self._clock() >= self._due:
+            async with self._looking:
+                if not self._refused and (self._changed.is_set() or self._clock() >= self._due):
+                    await self._look()
+        return not self._refused
+
+    async def _look(self) -> None:
+        self._changed.clear()  # before the question, so that what changes meanwhile is asked about again
         try:
             await self._visit.again(self._authenticate, self._tenant)
         except TenantDBError as error:
             self._refused = True
             await _close(self._send, self._visit.answer(error))
-            return False
+            return
+        except BaseException:  # a receive with a deadline, say: nobody has learnt anything
+            self._changed.set()
+            raise
         self._due = self._clock() + self._every
-        return True
 
     def close(self) -> None:
         self._unsubscribe()

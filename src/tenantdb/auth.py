@@ -16,7 +16,16 @@ from uuid import UUID
 
 from tenantdb.aio import AsyncTenantDB
 from tenantdb.database import TenantDB
-from tenantdb.errors import AccessError, AuthenticationRequired, ConfigError, InvalidToken, NotAMember, TenantDBError, TenantNotFound
+from tenantdb.errors import (
+    AccessError,
+    AuthenticationRequired,
+    ConfigError,
+    InvalidToken,
+    NotAMember,
+    RegistryUnavailable,
+    TenantDBError,
+    TenantNotFound,
+)
 from tenantdb.model import Facts, Identity, Tenant
 from tenantdb.requests import Gate, Problem, bearer_token, problem_for
 from tenantdb.resolvers import DomainName, TenantName
@@ -107,7 +116,8 @@ class Visit:
         return known or await self.db._lookups.run(_owner, domains.tenant_of, name, decides=decides)
 
     async def again(self, authenticate: Any, bound: Tenant | None) -> None:
-        """Whether a websocket that was let in before would be let in now, to the same tenant. Raises: what says why not."""
+        """Whether a websocket that was let in before would be let in now, to the same tenant and in the same role, which its application
+        has looked at once. Raises: what says why not."""
         now = Visit(self.db, self.adb, self.gate, authenticate, self.facts, self.source)
         identity = await now.aidentify()
         names = self.gate.names(self.facts, identity)
@@ -115,6 +125,8 @@ class Visit:
         before = self._identity
         if (identity and identity.user) != (before and before.user) or (tenant and tenant.id) != (bound and bound.id):
             raise InvalidToken("the credentials are somebody else's by now")
+        if (identity and identity.role) != (before and before.role):
+            raise AccessError("the role is another by now")
 
     def without_tenant(self, identity: Identity | None) -> TenantDBError:
         """What to raise where an application wants the tenant of a request that is not exempt, and was let through without one."""
@@ -222,7 +234,9 @@ def _judged(
 ) -> Identity:
     if not standing.exists:
         raise InvalidToken("the token's user does not exist any more")
-    if revoked is not False:
+    if revoked is None:  # not even after the list was read: that says nothing of the token
+        raise RegistryUnavailable("it took too long to tell which tokens were revoked")
+    if revoked:
         raise InvalidToken("the token was revoked")
     issued = claims["iat"]
     if standing.tokens_valid_from is not None and issued < standing.tokens_valid_from:

@@ -95,7 +95,9 @@ class TenantDB:
         own = self.settings.registry_admin
         self._registry = Registry(engine, engine if own is None else product.registry_engine(own, self.settings), self.settings, keyring)
         self._locator = Locator(self._registry, self.settings)
-        self._lookups = Lookups(self._registry, self._locator)
+        self._lookups = Lookups(
+            self._registry, self._locator, patience=self.settings.budget.acquire_timeout + self.settings.connect_timeout
+        )
         self._engines = Engines(self._locator, self.settings, self._registry.quarantine)
         self._registry.changes.subscribe(self._retire_outdated)
         self._hooks = Hooks()

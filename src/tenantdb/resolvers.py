@@ -132,6 +132,16 @@ def subdomain(*base_domains: str) -> Resolver:
     return by_subdomain
 
 
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+# RFC 1123. The last label has a letter, as every top-level domain does (RFC 3696, 2), so that no spelling of an IP address is one.
+_DOMAIN = re.compile(rf"(?=.{{1,253}}\Z)(?:{_LABEL}\.)+(?=[a-z0-9-]*[a-z])(?!0x[0-9a-f]*\Z){_LABEL}", re.ASCII)
+
+
+def is_domain(value: object) -> bool:
+    """Whether this is a host name in its one canonical form: what `custom_domain` names, and what a tenant may have."""
+    return isinstance(value, str) and _DOMAIN.fullmatch(value) is not None
+
+
 def custom_domain(*own: str) -> Resolver:
     """The tenant whose own domain the host is; ``own`` are the application's base domains, at and below which it is nobody's.
 
@@ -141,7 +151,7 @@ def custom_domain(*own: str) -> Resolver:
 
     def by_domain(facts: Facts) -> TenantName | None:
         host = facts.host
-        if _DOMAIN.fullmatch(host) is None or any(host.endswith(base) or host == base[1:] for base in bases):
+        if not is_domain(host) or any(host.endswith(base) or host == base[1:] for base in bases):
             return None
         return DomainName(host)
 
@@ -184,15 +194,10 @@ def all_agree(*resolvers: Resolver) -> Resolver:
     return together
 
 
-_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
-# RFC 1123. The last label begins with a letter, as every top-level domain does, so that no spelling of an IP address is a domain.
-_DOMAIN = re.compile(rf"(?=.{{4,253}}\Z)(?:{_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])", re.ASCII)
-
-
 def _base_domains(given: tuple[str, ...], who: str) -> tuple[str, ...]:
     bases = tuple(base.lower().removesuffix(".") for base in given)
     for base in bases:
-        if _DOMAIN.fullmatch(base) is None and base != "localhost":
+        if not is_domain(base) and base != "localhost":
             raise ConfigError(f"{who} takes base domains such as 'clinic.example', not {base!r}")
     if not bases:
         raise ConfigError(f"{who} needs the base domains below which tenants are, such as 'clinic.example'")

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -24,12 +24,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tenantdb import asgi, requests
 from tenantdb.asgi import RegistryAuth, TenantMiddleware, facts_of
+from tenantdb.auth import Visit
 from tenantdb.context import bound_or_none, current_actor, current_tenant
 from tenantdb.errors import (
+    ConfigError,
     NoTenantBound,
     RegistryUnavailable,
     ServerUnavailable,
@@ -614,6 +616,24 @@ async def test_an_idle_websocket_is_closed_at_once_when_its_user_is_no_member_an
     await peer.served
 
 
+@pytest.mark.parametrize("looked_at", [True, False])
+async def test_a_websocket_is_closed_when_its_user_has_another_role(world: World, monkeypatch: pytest.MonkeyPatch, looked_at: bool) -> None:
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        async for _ in websocket.iter_text():
+            await websocket.send_text(websocket.state.identity.role)
+
+    peer = await accepted(world, protect(world, Starlette(routes=[WebSocketRoute("/ws", endpoint)])), world.as_ann)
+    if not looked_at:
+        monkeypatch.setattr(asgi._Socket, "_still_welcome", welcome)
+
+    world.db.memberships.add(world.ann, world.acme, role="user")
+
+    answer = await peer.ask("websocket.receive", text="as whom?")
+    assert answer is not None and answer.get("code") == (1008 if looked_at else None)
+    assert answer.get("text") == (None if looked_at else "admin")
+
+
 async def test_a_websocket_that_nobody_tells_of_a_change_is_looked_at_on_a_schedule(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(world.db._registry.changes), "subscribe", lambda self, callback: lambda: None)
     monkeypatch.setattr(world.db, "settings", world.db.settings.model_copy(update={"cache_ttl": 0.05}))
@@ -661,6 +681,60 @@ async def test_what_an_application_pushes_is_looked_at_too(world: World) -> None
     assert failed and not [message for message in peer.sent() if message["type"] == "websocket.send"]
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_nothing_is_pushed_while_a_websocket_is_looked_at_nor_when_looking_was_cancelled(
+    world: World, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    looks, asking, go, failed = [], asyncio.Event(), asyncio.Event(), []
+    again = Visit.again
+
+    async def slow(visit: Visit, *rest: Any) -> None:
+        looks.append(visit)
+        asking.set()
+        await go.wait()
+        await again(visit, *rest)
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reading = asyncio.ensure_future(websocket.receive())
+        await asking.wait()
+        if cancelled:
+            reading.cancel()
+            await asyncio.wait([reading])
+        pushing = asyncio.ensure_future(websocket.send_text("of a tenant that is suspended"))
+        asyncio.get_running_loop().call_soon(go.set)
+        try:
+            await pushing
+        except WebSocketDisconnect as error:
+            failed.append(error)
+        await asyncio.wait([reading])
+
+    peer = await accepted(world, protect(world, Starlette(routes=[WebSocketRoute("/ws", endpoint)])))
+    monkeypatch.setattr(Visit, "again", slow)
+    world.db.suspend(world.globex)
+    await peer.served
+
+    assert [message["type"] for message in peer.sent()] == ["websocket.close"]
+    assert failed and len(looks) == (2 if cancelled else 1)
+
+
+async def test_a_client_that_has_left_is_not_told_to_go(world: World) -> None:
+    heard: list[Any] = []
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        heard.append(await websocket.receive())
+
+    peer = await accepted(world, protect(world, Starlette(routes=[WebSocketRoute("/ws", endpoint)])))
+    while not peer.listened_to:
+        await asyncio.sleep(0)
+    peer.say("websocket.disconnect", code=1001)
+    world.db.suspend(world.globex)
+    await peer.served
+
+    assert heard == [{"type": "websocket.disconnect", "code": 1001}] and peer.sent() == []
+
+
 async def test_a_websocket_ends_with_its_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world.db, "settings", world.db.settings.model_copy(update={"cache_ttl": 0.05}))
     peer = await accepted(world, websockets(world))
@@ -686,6 +760,31 @@ async def test_a_websocket_whose_client_leaves_lets_the_tenant_go(world: World) 
 
     with pytest.raises(TenantContextClosed):
         inherited[0].run(current_tenant)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_an_application_whose_credentials_cannot_be_prepared_does_not_start(world: World, fails: bool) -> None:
+    began: list[str] = []
+
+    class Auth(RegistryAuth):
+        def start(self) -> None:
+            if fails:
+                raise ConfigError("no key set")
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        began.append("application")
+        yield
+
+    app = Starlette(lifespan=lifespan)
+    app.add_middleware(TenantMiddleware, db=world.adb, authenticate=Auth(world.tokens, world.adb))
+    config = uvicorn.Config(app, log_config=None)
+    config.load()
+    started = config.lifespan_class(config)
+    await started.startup()
+    await started.shutdown()
+
+    assert (started.should_exit, began) == ((True, []) if fails else (False, ["application"]))
 
 
 async def test_the_lifespan_passes_untouched(world: World) -> None:
@@ -793,6 +892,16 @@ async def test_an_outage_of_the_registry_is_a_503_and_is_not_remembered(world: W
         assert (await request(app, "/", world.as_ann)).status == 503
 
     assert (await request(app, "/", world.as_ann)).status == 200
+
+
+@pytest.mark.parametrize(("told", "status"), [(None, 503), (True, 401), (False, 200)])
+async def test_a_list_of_revoked_tokens_that_comes_too_late_says_nothing_of_the_token(
+    world: World, monkeypatch: pytest.MonkeyPatch, told: bool | None, status: int
+) -> None:
+    app = catch_all(world, whoami)
+    monkeypatch.setattr(world.db._registry.revocations, "peek", lambda jti: told)  # also once it was read
+
+    assert (await request(app, "/", world.as_ann)).status == status
 
 
 # -- over a socket ---------------------------------------------------------------------------------------------------------------------

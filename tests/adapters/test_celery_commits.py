@@ -218,6 +218,21 @@ def test_a_broker_out_of_reach_is_told_by_the_commit_that_stands_and_stops_no_ot
         assert session.scalar(text("SELECT count(*) FROM parents")) == before + 1
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_of_several_tasks_that_could_not_be_published_one_is_raised_and_the_others_are_logged(
+    shop: Shop, tasks: Tasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: int
+) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OperationalError("nothing listens there")
+
+    monkeypatch.setattr(tasks.fail, "apply_async", unreachable)
+    with pytest.raises(OperationalError), shop.db.begin("acme") as session:
+        for _ in range(failing):
+            delay_on_commit(session, tasks.fail)
+
+    assert caplog.text.count("one more task was not published") == failing - 1
+
+
 def test_the_connection_was_given_back_before_anything_is_published(shop: Shop, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
     in_use: list[int] = []
     monkeypatch.setattr(tasks.see, "apply_async", lambda *args, **kwargs: in_use.append(shop.db.stats()[0].in_use))

@@ -431,6 +431,18 @@ def test_what_a_plain_task_forgot_to_let_go_is_not_there_for_the_next(shop: Shop
     assert "left tenant beta bound" in caplog.text
 
 
+def test_what_an_eager_task_forgot_to_let_go_is_not_there_for_its_caller(shop: Shop) -> None:
+    @shop.task()
+    def forgetful() -> None:
+        shop.db.tenant_context("beta", switch=True).__enter__()
+
+    with shop.db.tenant_context("acme"):
+        forgetful.apply()
+        assert bound_or_none() == shop.db.tenants.get("acme")
+    forgetful.apply()
+    assert bound_or_none() is None
+
+
 def test_it_would_be_there_if_nobody_looked(shop: Shop, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenantdb.celery.setting_up.installed", set())
 

@@ -172,8 +172,17 @@ class WebSocketPeer:
 
     async def ask(self, kind: str, **what: Any) -> Message | None:
         """Send an event and wait for the application's next one; None where it ends without one."""
-        self._to_app.put_nowait({"type": kind, **what})
+        self.say(kind, **what)
         return await self.next()
+
+    def say(self, kind: str, **what: Any) -> None:
+        """Send an event."""
+        self._to_app.put_nowait({"type": kind, **what})
+
+    @property
+    def listened_to(self) -> bool:
+        """Whether the application waits for an event."""
+        return bool(self._to_app._getters)  # type: ignore[attr-defined]
 
     async def next(self) -> Message | None:
         """Wait for the application's next event; None where it ends without one."""

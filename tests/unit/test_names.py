@@ -114,6 +114,52 @@ def test_in_a_flood_a_tenant_made_elsewhere_is_found_when_the_period_ends_and_on
     assert small.lookup("elsewhere").tenant.id == elsewhere.id
 
 
+# -- domains ---------------------------------------------------------------------------------------------------------------------------
+
+
+def flood_of_domains(registry: Registry, number: int = FLOOD) -> None:
+    for each in range(number):
+        with pytest.raises(TenantNotFound):
+            registry.domains.tenant_of(f"nobody-{each}.example")
+
+
+@pytest.mark.parametrize("ruled_out", [True, False])
+def test_ten_thousand_unknown_domains_cost_a_hundred_questions_and_a_list_and_without_the_list_as_many_as_they_are(
+    small: Registry, registry_engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch, ruled_out: bool
+) -> None:
+    if not ruled_out:
+        monkeypatch.setattr(KnownNames, "rule_out", lambda self, key: False)
+    small.ping()
+    number = FLOOD if ruled_out else 2000
+    with statements(registry_engines[0]) as seen:
+        flood_of_domains(small, number)
+    assert queries(seen) == (ALLOWANCE + 1 if ruled_out else number)
+    assert len(small.domains._answers._absent) == (ALLOWANCE if ruled_out else 1000)
+
+
+def test_in_a_flood_domains_lead_where_they_led_and_one_added_here_or_told_of_is_found_at_once(
+    small: Registry, registry: Registry, clock: Clock
+) -> None:
+    tenant, _ = registry.sign_up(SignUp(slug="acme"))
+    registry.domains.add("acme.example", tenant)
+    flood_of_domains(small, ALLOWANCE + 1)
+    assert small.domains.tenant_of("acme.example") == tenant.id
+
+    small.domains.add("here.example", tenant)
+    for elsewhere in ("told.example", "elsewhere.example"):
+        registry.domains.add(elsewhere, tenant)
+    small.domains.forget("told.example")
+    for known in ("here.example", "told.example"):
+        assert small.domains.tenant_of(known) == tenant.id
+    with pytest.raises(TenantNotFound):
+        small.domains.tenant_of("elsewhere.example")
+    clock.now += PERIOD
+    assert small.domains.tenant_of("elsewhere.example") == tenant.id
+
+
+# -- by itself -------------------------------------------------------------------------------------------------------------------------
+
+
 class Names:
     """`KnownNames` by itself, over a list that the test holds up."""
 

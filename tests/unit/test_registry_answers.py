@@ -22,11 +22,11 @@ from tenantdb.errors import (
     TenantNotFound,
     UserNotFound,
 )
-from tenantdb.model import Tenant, TenantState, User
+from tenantdb.model import Facts, Tenant, TenantState, User
 from tenantdb.registry import Registry, SignUp, Standing, tables
 from tenantdb.registry.answers import MOST_LOOKS, Answers
-from tenantdb.registry.domains import is_domain
 from tenantdb.registry.revocations import OVERLAP, WHOLE
+from tenantdb.resolvers import DomainName, custom_domain, names_of
 from tests.unit.registry_fixtures import PASSWORD, Clock
 from tests.unit.test_registry_notices import counted
 
@@ -189,8 +189,11 @@ def test_a_flood_of_unknown_users_is_bounded(registry: Registry, ada: User) -> N
 @pytest.mark.parametrize(
     "domain", ["clinic.example", "a.b", "xn--bcher-kva.example", "www.a-1.co.uk", "1.example", "1e3.a1", f"{'a' * 63}.b"]
 )
-def test_a_host_name_is_a_domain(domain: str) -> None:
-    assert is_domain(domain)
+def test_a_host_name_is_a_domain_that_a_tenant_may_have_and_a_request_may_name(registry: Registry, acme: Tenant, domain: str) -> None:
+    registry.domains.add(domain, acme)
+
+    assert names_of(custom_domain("ours.example"), Facts("https", domain, "/", "GET", {})) == (DomainName(domain),)
+    assert registry.domains.tenant_of(domain) == acme.id
 
 
 NOT_DOMAINS = [
@@ -342,17 +345,37 @@ def test_the_list_is_read_on_and_finds_what_was_committed_late(registry: Registr
     assert registry.revocations.peek("late") is True
 
 
+@pytest.mark.parametrize("landed", [True, False])
+def test_a_list_that_lands_while_somebody_looks_is_not_believed_with_what_was_in_the_one_before(
+    registry: Registry, clock: Clock, landed: bool
+) -> None:
+    store = registry.revocations
+    store.load()
+    clock.now += 5
+    write_row(registry, "one")
+
+    def lands() -> float:  # between two steps of whoever looks
+        store._clock = clock
+        if landed:
+            store.load()
+        return clock.now
+
+    store._clock = lands
+    assert store.peek("one") is None
+    assert store.peek("one") is (True if landed else None)
+
+
 def test_what_has_expired_leaves_memory(registry: Registry) -> None:
     store = registry.revocations
     for number in range(100):
         write_row(registry, f"short {number}", expires=timedelta(minutes=1))
     write_row(registry, "long")
     store.load()
-    assert len(store._revoked) == 101
+    assert len(store._list[0]) == 101
     later = datetime.now(timezone.utc) + timedelta(minutes=2)
     store._now = lambda: later
     store.load()
-    assert set(store._revoked) == {"long"}
+    assert set(store._list[0]) == {"long"}
 
 
 def test_an_outage_makes_the_list_no_younger(registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,29 @@ def test_a_subscriber_that_fails_keeps_nobody_from_hearing(caplog: pytest.LogCap
     assert "a subscriber to changes failed" in caplog.text
 
 
+def test_whoever_subscribes_twice_is_told_twice_and_ends_one_at_a_time() -> None:
+    changes, heard = Changes(), []
+    first, second = changes.subscribe(heard.append), changes.subscribe(heard.append)
+
+    for end, told in ((None, 2), (first, 1), (first, 1), (second, 0)):
+        if end is not None:
+            end()
+        heard.clear()
+        changes.tell(Change(kind="everything"))
+        assert len(heard) == told
+
+
+def test_a_subscription_may_end_while_another_begins() -> None:
+    changes, heard = Changes(), []
+    end = changes.subscribe(heard.append)
+
+    with changes._lock:  # as the garbage collector does, which ends a coroutine wherever a thread happens to be
+        end()
+
+    changes.tell(Change(kind="everything"))
+    assert heard == []
+
+
 def test_a_registry_restored_from_a_backup_is_believed(registry: Registry, acme: Tenant) -> None:
     registry.tenants.update(acme, plan="pro")
     assert registry.lookup("acme").tenant.plan == "pro"

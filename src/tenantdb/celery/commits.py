@@ -7,6 +7,7 @@ transaction around it when it is released, and are dropped with it otherwise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from tenantdb.connections.session import PinnedSession
 from tenantdb.errors import NotATenantsSession
 
 from .publishing import Decided, office_of
+
+log = logging.getLogger("tenantdb.tasks")
 
 _KEY = "tenantdb_on_commit"
 
@@ -83,11 +86,13 @@ class _OnCommit:
         if transaction.parent is not None:
             self._calls.setdefault(transaction.parent, []).extend(calls)
             return
-        errors = []
+        errors: list[Exception] = []
         for call in calls:
             try:
                 call()
             except Exception as error:  # the others have been promised too
+                if errors:  # only one can come out of the commit
+                    log.error("one more task was not published after a commit", exc_info=error)
                 errors.append(error)
         if errors:
             raise errors[0]

@@ -99,11 +99,20 @@ def _look_again(sender: Any = None, **_: Any) -> None:
             raise SystemExit(str(error)) from error
 
 
+def _remember(sender: Any = None, task: Any = None, **_: Any) -> None:
+    if task.app in installed:
+        task.request.tenantdb_found = _bound.get()
+
+
 def _let_go(sender: Any = None, task: Any = None, **_: Any) -> None:
-    """A plain task may bind a tenant and forget to let it go; the next one in this thread must not find it."""
-    if (tenant := bound_or_none()) is not None and not task.request.is_eager and task.app in installed:
-        _bound.set(None)
-        log.error("%s[%s] left tenant %s bound: use `with db.tenant_context(...)`", task.name, task.request.id, tenant.slug)
+    """A plain task may bind a tenant and forget to let it go; what comes next in this thread must not find it, but what was there before:
+    nothing in a worker, and around an eager task whatever its caller has bound."""
+    if task.app not in installed or _bound.get() is (found := task.request.tenantdb_found):
+        return
+    left = bound_or_none()
+    _bound.set(found)
+    if left is not None:
+        log.error("%s[%s] left tenant %s bound: use `with db.tenant_context(...)`", task.name, task.request.id, left.slug)
 
 
 def _close_child(**_: Any) -> None:
@@ -119,6 +128,7 @@ def _close(sender: Any = None, **_: Any) -> None:
 
 
 signals.worker_init.connect(_look_again, weak=False)
+signals.task_prerun.connect(_remember, weak=False)
 signals.task_postrun.connect(_let_go, weak=False)
 signals.worker_process_shutdown.connect(_close_child, weak=False)
 signals.worker_shutdown.connect(_close, weak=False)

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 from uuid import UUID
 
 from tenantdb.connections.locate import Locator
 from tenantdb.connections.threads import Threads
+from tenantdb.errors import RegistryUnavailable
 from tenantdb.model import Tenant
 from tenantdb.registry import Registry
 from tenantdb.registry.records import TenantRecord
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _THREADS = 4  # apart from those for management, so that a request never waits behind a migration
 
 
 class Lookups:
-    """Tenant records by key, and the tenants that may be served."""
+    """Tenant records by key, and the tenants that may be served. A coroutine waits ``patience`` seconds for an answer and no longer."""
 
-    def __init__(self, registry: Registry, locator: Locator) -> None:
+    def __init__(self, registry: Registry, locator: Locator, *, patience: float) -> None:
         self._registry = registry
         self._locator = locator
+        self._patience = patience
         self._threads = Threads(_THREADS, "tenantdb-lookup")
-        self.run = self._threads.run  # for other short questions to the registry, from the event loop
+
+    async def run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Ask the registry a short question from the event loop.
+
+        While the registry swallows what it is sent, each thread is busy for as long as a connect may take, and the requests in line behind
+        them would wait for minutes. Raises: `RegistryUnavailable`, also for one whose turn did not come in time.
+        """
+        try:
+            return await asyncio.wait_for(self._threads.run(fn, *args, **kwargs), self._patience)
+        except asyncio.TimeoutError:
+            raise RegistryUnavailable(f"it has not answered for {self._patience:.0f} s") from None
 
     def record(self, key: str | UUID) -> TenantRecord:
         """Raises: `TenantNotFound`, `RegistryUnavailable`."""

@@ -32,23 +32,27 @@ class Changes:
     """Calls whoever has subscribed, in the thread that learnt of a change: the watching one, or whichever wrote. It must be quick."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._callbacks: tuple[Callable[[Change], object], ...] = ()
+        # Re-entrant, because the garbage collector may end a coroutine's subscription in the middle of another.
+        self._lock = threading.RLock()
+        self._callbacks: dict[object, Callable[[Change], object]] = {}
         follow(self)
 
     def subscribe(self, callback: Callable[[Change], object]) -> Callable[[], None]:
         """Call with every `Change` from now on. What is returned ends that, and may be called twice."""
+        mine = object()
         with self._lock:
-            self._callbacks = (*self._callbacks, callback)
+            self._callbacks[mine] = callback
 
         def end() -> None:
             with self._lock:
-                self._callbacks = tuple(each for each in self._callbacks if each is not callback)
+                self._callbacks.pop(mine, None)
 
         return end
 
     def tell(self, change: Change) -> None:
-        for callback in self._callbacks:
+        with self._lock:  # not while they are called: who is told may subscribe, or end that
+            callbacks = [*self._callbacks.values()]
+        for callback in callbacks:
             try:
                 callback(change)
             except Exception:
@@ -56,5 +60,5 @@ class Changes:
 
     def start_empty(self) -> object:
         """In the child after a fork, where somebody may have held the lock. Whoever subscribed came along."""
-        inherited, self._lock = self._lock, threading.Lock()
+        inherited, self._lock = self._lock, threading.RLock()
         return inherited

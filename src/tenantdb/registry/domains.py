@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
@@ -19,35 +18,32 @@ from tenantdb.model import Domain, Tenant
 from tenantdb.registry import audit, tables
 from tenantdb.registry.answers import Answers
 from tenantdb.registry.ids import chunks, tenant_id_of
+from tenantdb.registry.names import KnownNames
 from tenantdb.registry.transactions import Transactions
+from tenantdb.resolvers import is_domain
 
 RULE = (
     "a domain is a host name of at least two labels in lower-case ASCII (xn-- for other letters), without scheme, port, path or final dot,"
     " at most 253 characters, and no IP address"
 )
-_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
-# The last label has a letter, as every top-level domain does (RFC 3696, 2), so that no spelling of an IP address is one.
-_DOMAIN = re.compile(rf"(?:{_LABEL}\.)+(?=[a-z0-9-]*[a-z])(?!0x[0-9a-f]*\Z){_LABEL}", re.ASCII)
-_MOST = 253
 _NOBODY = UUID(int=0)  # no tenant has this id
 
 _domains = tables.domains
 
 
-def is_domain(value: object) -> bool:
-    """Whether this is a domain in its one canonical form. Nothing is folded into it: see `tenantdb.resolvers`."""
-    return isinstance(value, str) and len(value) <= _MOST and _DOMAIN.fullmatch(value) is not None
-
-
 class DomainStore:
-    """Reads and writes domains; `tenant_of` is for every request. Safe to share between threads."""
+    """Reads and writes domains; `tenant_of` is for every request. Safe to share between threads.
+
+    Whoever calls us chooses the host, so `KnownNames` bounds what unknown ones cost, as it does for tenants' own names.
+    """
 
     def __init__(self, transactions: Transactions, *, size: int, ttl: float, clock: Callable[[], float]) -> None:
         self._transactions = transactions
         self._answers: Answers[str, UUID] = Answers(
             size=size, ttl=ttl, clock=clock, is_absent=lambda tenant_id: tenant_id == _NOBODY, subjects=lambda domain: (domain,)
         )
-        self.clear, self.forget = self._answers.clear, self._answers.forget
+        self._names = KnownNames(self._read_names, ttl=ttl, clock=clock)
+        self.clear = self._answers.clear
 
     # -- the data path --
 
@@ -60,12 +56,29 @@ class DomainStore:
 
     def tenant_of(self, domain: str) -> UUID:
         """The id of the tenant that a domain leads to, from memory or by one query. Raises: as `peek`; `RegistryUnavailable`."""
-        return self.peek(domain) or _somebody(domain, self._answers.get(domain, self._load)) or _NOBODY
+        found = self.peek(domain)
+        if found is not None:
+            return found
+        if self._names.rule_out(domain):  # and not remembered: what the list rules out is as old as the list
+            raise TenantNotFound(domain)
+        return _somebody(domain, self._answers.get(domain, self._load)) or _NOBODY
 
     def _load(self, domain: str) -> UUID:
         with self._transactions.read() as connection:
             found: UUID | None = connection.scalar(select(_domains.c.tenant_id).where(_domains.c.domain == domain))
-        return _NOBODY if found is None else found
+        if found is None:
+            self._names.missed()
+            return _NOBODY
+        return found
+
+    def _read_names(self) -> builtins.list[str]:
+        with self._transactions.read() as connection:
+            return builtins.list(connection.scalars(select(_domains.c.domain)))
+
+    def forget(self, domain: str) -> None:
+        """The domain was added or removed: the next look-up asks the database."""
+        self._answers.forget(domain)
+        self._names.add(domain)
 
     def check(self, *, everything: bool) -> builtins.list[str]:
         """Compare what is in use with the registry; see `Answers.check`."""

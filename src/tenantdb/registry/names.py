@@ -1,4 +1,4 @@
-"""Which tenants there are, by name: what bounds the questions to the registry when many are asked for that there are not.
+"""Which tenants and domains there are, by name: what bounds the questions to the registry when many are asked for that there are not.
 
 Who calls us by host names or paths of his own invention never uses the same twice, so remembering the unknown ones does not help: each
 would cost a query. A few are answered that way, because it is the freshest. When there are more within one period, all names are read at
@@ -27,7 +27,10 @@ Key = str | UUID
 
 
 class KnownNames:
-    """Ids and slugs of all tenants, read when they are needed. ``ttl`` is in seconds of ``clock``. Safe to share between threads."""
+    """All names of one kind, the ids and slugs of tenants or the domains, read when they are needed.
+
+    ``ttl`` is in seconds of ``clock``. Safe to share between threads.
+    """
 
     def __init__(
         self, read: Callable[[], Iterable[Key | None]], *, ttl: float, clock: Callable[[], float], allowance: int = ALLOWANCE
@@ -64,7 +67,7 @@ class KnownNames:
             return self._names is not None and key not in self._names
 
     def add(self, *names: Key | None) -> None:
-        """A tenant has changed, or is new: look it up."""
+        """What has these names has changed, or is new: look it up."""
         with self._lock:
             if self._added is not None:
                 self._added.extend(names)

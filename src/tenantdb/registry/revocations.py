@@ -56,10 +56,10 @@ class RevocationStore:
         self._now = now
         self._lock = threading.Lock()
         self._flights: SingleFlight[str, None] = SingleFlight()
-        self._revoked: dict[str, datetime] = {}  # until when
+        # The revoked, and when the list ends to be believed: one object, because `peek` reads it without the lock.
+        self._list: tuple[Mapping[str, datetime], float] = {}, 0.0
         self._read_at: datetime | None = None
         self._read_whole = 0.0
-        self._expires = 0.0
         self._used = False
         self._rounds = 0  # of clear
         follow(self)
@@ -69,9 +69,10 @@ class RevocationStore:
     def peek(self, jti: str) -> bool | None:
         """Whether a token is revoked, without I/O; None where the list is too old to tell: `load` it, and ask again."""
         self._used = True
-        if jti in self._revoked:
+        revoked, expires = self._list
+        if jti in revoked:
             return True
-        return False if self._clock() < self._expires else None
+        return False if self._clock() < expires else None
 
     def load(self) -> None:
         """Read what was added to the list. However many ask, one reads. Raises: `RegistryUnavailable` and its kin; the list is no younger
@@ -81,7 +82,7 @@ class RevocationStore:
 
     def refresh(self) -> bool:
         """Told that something was added: read that now, where anybody uses the list. Whoever reads already may have begun before."""
-        if not self._used and self._clock() >= self._expires:
+        if not self._used and self._clock() >= self._list[1]:
             return False
         self._flights.detach()
         self._flights.run("list", self._load)
@@ -94,15 +95,15 @@ class RevocationStore:
         if not self._used:
             return False
         self._used = False
-        before = self._revoked
+        before, _ = self._list
         self._flights.run("list", self._load)
-        return not self._revoked.keys() <= before.keys()
+        return not self._list[0].keys() <= before.keys()
 
     def clear(self) -> None:
         """Forget the list."""
         with self._lock:
             self._rounds += 1
-            self._revoked, self._read_at, self._expires = {}, None, 0.0
+            self._list, self._read_at = ({}, 0.0), None
         self._flights.detach()
 
     def start_empty(self) -> object:
@@ -124,10 +125,10 @@ class RevocationStore:
                 return
             if since is None:
                 self._read_whole = began
-            # A new dictionary, because `peek` reads without the lock. What was revoked stays so: nothing takes a revocation back.
-            self._revoked = {jti: until for jti, until in {**self._revoked, **found}.items() if until > now}
+            revoked, expires = self._list  # what was revoked stays so: nothing takes a revocation back
+            living = {jti: until for jti, until in {**revoked, **found}.items() if until > now}
+            self._list = living, max(expires, began + self._ttl)
             self._read_at = now
-            self._expires = max(self._expires, began + self._ttl)
 
     # -- revoking --
 
@@ -155,7 +156,8 @@ class RevocationStore:
         except IntegrityError:  # another process revoked it at once
             pass
         with self._lock:
-            self._revoked = {**self._revoked, jti: until}
+            revoked, expires = self._list
+            self._list = {**revoked, jti: until}, expires
 
     def revoke_user(self, user: User | UUID | str) -> None:
         """Refuse every access token that was issued to a user before now; the refresh tokens end too. Raises: `UserNotFound`."""
