@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import select
+import select as selecting
 import subprocess
 import sys
 import time
+from typing import Any
 
-from sqlalchemy import URL, Engine, String, Update, create_engine, update
+from sqlalchemy import URL, Engine, String, Update, create_engine, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool
@@ -20,6 +21,7 @@ from tenantdb.backends.postgresql.connect import session_options, transport
 from tenantdb.connections.sqla import wire_of
 from tenantdb.model import DatabaseRole
 
+_ROWS = 1000
 _PLAIN_IMPORT = "import sqlalchemy.orm, sqlalchemy.ext.asyncio, pydantic"
 
 
@@ -46,6 +48,8 @@ def run(*, quick: bool) -> Result:
         result.add("async_session_ratio", async_read, bar="<= 0.95", note="the same in asyncio")
         result.add("commit_ratio", commit, bar="<= 1.12", note="the same with one update and a commit")
         result.add("async_commit_ratio", async_commit, bar="<= 1.12", note="the same in asyncio")
+        note = "loading 1,000 rows as objects that are kept until the session is closed / the same without the guard of objects"
+        result.add("guard_bulk_ratio", _guard_ratio(db, 101 if quick else 401), bar="<= 1.1", note=note)
         result.add("reset_us", _reset_us(db, 2000 if quick else 10_000), note="sending the reset and reading its answer, for orientation")
     result.add(
         "import_ratio",
@@ -61,7 +65,7 @@ def _make_rows(db: TenantDB) -> None:
         Base.metadata.create_all(connection)
         connection.commit()
     with db.begin("acme") as session:
-        session.add_all(Patient(id=n, name=f"patient {n}") for n in range(1, 101))
+        session.add_all(Patient(id=n, name=f"patient {n}") for n in range(1, _ROWS + 1))
 
 
 def _sync_ratios(db: TenantDB, rounds: int, repeats: int) -> tuple[float, float]:
@@ -95,6 +99,30 @@ def _sync_ratios(db: TenantDB, rounds: int, repeats: int) -> tuple[float, float]
         plain.dispose()
 
 
+def _guard_ratio(db: TenantDB, rounds: int) -> float:
+    guarded: Any = db._pinned
+
+    class Unguarded(guarded):  # type: ignore[misc]
+        """Loading asks nothing of anybody; what it costs is the stamp of each object that leaves."""
+
+        expunge_all = Session.expunge_all
+        _expunge_states = Session._expunge_states
+
+    def load() -> None:
+        with db.session("acme") as session:
+            patients = session.scalars(select(Patient)).all()
+            _must(len(patients) == _ROWS)
+
+    def load_unguarded() -> None:
+        db._pinned = Unguarded
+        try:
+            load()
+        finally:
+            db._pinned = guarded
+
+    return ratio(load, load_unguarded, rounds=rounds)
+
+
 def _rename(n: int) -> Update:
     return update(Patient).where(Patient.id == n % 100 + 1).values(name=f"patient {n}")
 
@@ -118,7 +146,7 @@ def _reset_us(db: TenantDB, repeats: int) -> float:
 
 def wait_until_readable(descriptor: int) -> None:
     """The pause between two requests, in which the answer arrives."""
-    select.select([descriptor], [], [], 5)
+    selecting.select([descriptor], [], [], 5)
     time.sleep(0.0002)
 
 

@@ -11,7 +11,7 @@ Importing this loads no framework and opens nothing.
 
 from tenantdb import errors
 from tenantdb.aio import AsyncTenantDB
-from tenantdb.context import TenantLogFilter, acting, current_tenant
+from tenantdb.context import TenantLogFilter, acting, bind_tenant, current_tenant
 from tenantdb.database import TenantDB
 from tenantdb.model import BudgetStats, Identity, MemberRole, Membership, NewUser, Server, Subscription, Tenant, TenantState, User
 from tenantdb.settings import Budget, Settings
@@ -33,6 +33,7 @@ __all__ = [
     "TenantState",
     "User",
     "acting",
+    "bind_tenant",
     "current_tenant",
     "errors",
 ]

@@ -102,7 +102,7 @@ class AsyncTenantDB:
 
     def _session(self, tenant: TenantKey | None, execution_options: dict[str, Any] | None, options: dict[str, Any]) -> AsyncSession:
         db = self.sync_db
-        pin = Pin(db._pin_key(tenant), self._lookup_engine, execution_options)
+        pin = Pin(db._pin_key(tenant), self._lookup_engine, execution_options, is_async=True)
         options = {**db.session_options, **check_session_options(options)}
         return self.session_class(sync_session_class=db._pinned, pin=pin, **options)
 

@@ -700,6 +700,27 @@ class TenantContextClosed(ContextError):
         )
 
 
+class LeftBehind(ContextError):
+    """A block that bound a tenant has ended, and something of it has not. Facts: ``tenant``, ``leases`` (connections that were not given
+    back), ``blocks`` (blocks inside it that were entered and not left), ``place`` (where, if that was remembered).
+
+    Raised in tests, by `tenantdb.context.watch_for_leftovers`; otherwise it is a warning in the log.
+    """
+
+    code = "left-behind"
+
+    def __init__(self, tenant: str, leases: int, blocks: int, place: str) -> None:
+        super().__init__(tenant, leases, blocks, place)
+        self.tenant, self.leases, self.blocks, self.place = tenant, leases, blocks, place
+
+    def explain(self) -> str:
+        where = f"; at:\n{self.place}" if self.place else ""
+        return (
+            f"a block that bound tenant {self.tenant!r} has ended, and left behind {self.leases} leased connections, and {self.blocks}"
+            f" blocks in it that were not left. Close sessions inside the block, or bind_tenant() what goes on after it{where}"
+        )
+
+
 class CrossTenantError(ContextError):
     """An object of one tenant was given to another tenant's session. Nothing was sent. Facts: ``kind`` (the class), ``owner`` (the id of
     the tenant that it belongs to, None where that is not known), ``tenant`` (the id of the session's)."""

@@ -68,4 +68,15 @@ class LeaseOverdue:
     place: str
 
 
-Event = ConnectionOpened | ConnectionClosed | Waited | ServerDown | ServerUp | TenantQuarantined | LeaseOverdue
+@dataclass(frozen=True, slots=True)
+class LeaseLeft:
+    """A connection was not given back when the block that bound the tenant ended. ``seconds``: how long it had been leased. ``place``: the
+    stack where it was taken, empty for those that ``leak_sample`` passed over."""
+
+    server: str
+    tenant: str
+    seconds: float
+    place: str
+
+
+Event = ConnectionOpened | ConnectionClosed | Waited | ServerDown | ServerUp | TenantQuarantined | LeaseOverdue | LeaseLeft

@@ -347,6 +347,9 @@ class Settings(BaseModel):
     """Seconds that sessions with an old password may finish their work before they are ended."""
     budget: Annotated[Budget, BeforeValidator(Budget.parse)] = Field(default_factory=Budget)
     """How many connections to each database server all tenants together may hold; see `Budget`. In the environment as JSON."""
+    leak_sample: float = Field(0.01, ge=0, le=1)
+    """The share of leases of which it is remembered where they were taken, for the report of those that outlive the block that bound their
+    tenant. Such leases are reported in any case; each place costs some 20 microseconds."""
     registry_pool_size: int = Field(3, ge=1)
     """Connections that one process holds to the registry, beside one that listens. On a server that also holds tenants they count in its
     budget."""

@@ -48,8 +48,7 @@ async def test_a_lease_that_lasts_too_long_is_reported_once_with_its_place(make_
     eventually(lambda: bool(seen), within=5)
     assert (seen[0].server, seen[0].tenant) == ("near", tenants[0].slug)
     assert seen[0].seconds >= 0.1
-    if face.adb is None:
-        assert "where_it_leaks" in seen[0].place  # in asyncio the stack begins where the event loop resumed it
+    assert "where_it_leaks" in seen[0].place
     face.db._engines._reaper.nudge()
     assert await whose(face, tenants[1])
     await session.close()

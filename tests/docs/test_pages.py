@@ -32,6 +32,7 @@ IN_THE_SHOP = [
     "howto/drift.md",
     "howto/expand-and-contract.md",
     "howto/scripts.md",
+    "howto/context.md",
     "howto/logging.md",
     "howto/audit.md",
     "howto/lifecycle.md",

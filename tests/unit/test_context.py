@@ -11,13 +11,14 @@ import logging
 import threading
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tenantdb import TenantLogFilter, acting, current_tenant
-from tenantdb.context import Actor, TenantContext, bind, bound_or_none, current_actor, pinned_key, unbound
-from tenantdb.errors import NoTenantBound, TenantAlreadyBound, TenantContextClosed, TenantSuspended
+from tenantdb.context import Actor, Binding, TenantContext, bind, bound_or_none, current_actor, pinned_key, unbound, watch_for_leftovers
+from tenantdb.errors import LeftBehind, NoTenantBound, TenantAlreadyBound, TenantContextClosed, TenantSuspended
 from tenantdb.model import Tenant, TenantState
 
 ACME = Tenant(id=uuid.UUID(int=1), slug="acme", name="Acme", state=TenantState.ACTIVE)
@@ -478,6 +479,130 @@ def test_the_tenant_is_looked_up_at_each_call_and_not_before() -> None:
     known.error = TenantSuspended("acme")
     with pytest.raises(TenantSuspended):
         work()
+
+
+# -- blocks in generators, and blocks that are not left -----------------------------------------------------------------------------------
+
+
+def test_a_block_in_the_body_of_a_generator_is_the_bodys_own_between_its_steps() -> None:
+    @context(ACME)
+    def steps() -> Iterator[str | None]:
+        with context(BETA, switch=True):
+            yield slug()
+            yield slug()
+        yield slug()
+
+    generator = steps()
+    seen = []
+    for step in range(3):
+        seen.append(next(generator))
+        assert slug() is None, step
+    with context(BETA):
+        generator.close()
+        assert slug() == "beta"
+    assert seen == ["beta", "beta", "acme"]
+
+
+async def test_and_so_it_is_in_an_async_generator_whose_steps_are_taken_by_other_tasks() -> None:
+    @context(ACME)
+    async def steps() -> AsyncGenerator[str | None, None]:
+        async with context(BETA, switch=True):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                yield slug()
+        yield slug()
+
+    generator = steps()
+    assert [await asyncio.create_task(_next(generator)) for _ in range(3)] == ["beta", "beta", "acme"]
+    await asyncio.create_task(generator.aclose())
+    assert slug() is None
+
+
+async def test_a_block_of_another_tenant_that_another_task_leaves_gives_back_the_outer_one_where_it_was_entered() -> None:
+    """An async generator that is no decorated one leaks its block into whoever takes its first step."""
+
+    async def steps() -> AsyncGenerator[None, None]:
+        async with context(BETA, switch=True):
+            yield
+
+    with context(ACME):
+        generator = steps()
+        await anext(generator)
+        assert slug() == "beta"
+        inherits = contextvars.copy_context()
+        await asyncio.create_task(generator.aclose())
+        assert current_tenant() is ACME
+
+        async def inherited() -> None:
+            with pytest.raises(TenantContextClosed):  # and is not given the outer one in its place
+                current_tenant()
+
+        await inherits.run(asyncio.create_task, inherited())
+    assert slug() is None
+
+
+def test_a_block_inside_that_is_not_left_ends_with_the_one_around_it(caplog: pytest.LogCaptureFixture) -> None:
+    with context(ACME):
+        inherited = []
+        with context(ACME):
+            context(BETA, switch=True).__enter__()
+            inherited.append(contextvars.copy_context())
+        assert current_tenant() is ACME
+        with pytest.raises(TenantContextClosed):
+            inherited[0].run(current_tenant)
+    assert slug() is None
+    assert [(record.name, record.levelname) for record in caplog.records] == [("tenantdb.context", "WARNING")]
+    assert str(ACME.id) in caplog.text
+    assert "1 blocks" in caplog.text
+
+
+def test_what_was_bound_in_an_unbound_block_ends_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    """As at the end of a request."""
+    with context(BETA):
+        with unbound():
+            context(ACME).__enter__()
+        assert current_tenant() is BETA
+    assert str(ACME.id) in caplog.text
+
+
+def test_a_block_of_whoever_inherited_the_outer_one_is_not_taken_for_one_that_was_not_left(caplog: pytest.LogCaptureFixture) -> None:
+    def elsewhere(outer: Binding) -> str | None:
+        with context(BETA, switch=True):
+            outer.__exit__()
+            return slug()
+
+    def here() -> None:
+        (outer := bind(ACME)).__enter__()
+        with ThreadPoolExecutor(1) as executor:
+            assert executor.submit(contextvars.copy_context().run, elsewhere, outer).result() == "beta"
+        with pytest.raises(TenantContextClosed):
+            current_tenant()
+
+    contextvars.copy_context().run(here)
+    assert caplog.records == []
+
+
+def test_under_watch_a_block_that_is_not_left_is_an_error_that_says_where_it_was_entered() -> None:
+    with watch_for_leftovers():
+        with pytest.raises(LeftBehind) as caught:
+            with context(ACME):
+                context(ACME).__enter__()
+        assert (caught.value.tenant, caught.value.leases, caught.value.blocks) == ("acme", 0, 1)
+        assert "test_under_watch_a_block" in caught.value.place
+    with pytest.raises(LeftBehind, match="acme"), watch_for_leftovers():
+        context(ACME).__enter__()
+    with watch_for_leftovers():
+        with pytest.raises(ZeroDivisionError):  # nothing covers up the user's own
+            with context(ACME):
+                context(ACME).__enter__()
+                raise ZeroDivisionError
+    assert slug() is None
+
+
+def test_under_a_watch_that_is_not_strict_it_is_logged_with_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    with watch_for_leftovers(strict=False), context(ACME):
+        context(ACME).__enter__()
+    assert "test_under_a_watch_that_is_not_strict" in caplog.text
 
 
 # -- who acts, and logs ----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import sqlite3
 import threading
@@ -18,8 +19,9 @@ from sqlalchemy import inspect as inspect_mapper
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.pool import NullPool, Pool
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, make_transient, mapped_column, object_session
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.pool import NullPool, Pool, StaticPool
 from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_only
 
@@ -308,6 +310,78 @@ def test_a_session_connects_by_one_method_and_its_unit_of_work_past_it(engine: T
     assert ways(flush) == ways(bulk) == ["bind in a flush"]
 
 
+@pytest.fixture
+def memory() -> Iterator[Engine]:
+    """With a table of notes."""
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Note.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+class Leaving(Session):
+    """Notes how objects leave, and which are merged."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.left: list[str] = []
+        super().__init__(*args, **options)
+
+    def expunge_all(self) -> None:
+        self.left.append("all")
+        super().expunge_all()
+
+    def _expunge_states(self, states: Any, *args: Any, **options: Any) -> None:
+        self.left.append(f"{len(list(states))} of them")
+        super()._expunge_states(states, *args, **options)
+
+    def _merge(self, *args: Any, **options: Any) -> Any:
+        self.left.append("merged")
+        return super()._merge(*args, **options)
+
+
+def test_objects_leave_a_session_by_two_methods_and_are_merged_by_one(memory: Engine) -> None:
+    kept = []
+
+    def note_in(session: Session) -> Note:
+        session.add(made := Note(id=1))
+        session.flush()
+        kept.append(made)
+        return made
+
+    def ways(step: Callable[[Any], object]) -> list[str]:
+        with Leaving(memory) as session:
+            step(session)
+            return session.left.copy()
+
+    assert ways(lambda session: session.expunge(note_in(session))) == ["1 of them"]
+    assert ways(lambda session: make_transient(note_in(session))) == ["1 of them"]
+    assert ways(lambda session: note_in(session) and session.rollback()) == ["1 of them"]
+    assert ways(lambda session: note_in(session) and session.close()) == ["all"]
+    assert ways(lambda session: session.merge(Note(id=1))) == ["merged"]
+
+
+def test_objects_hold_the_key_of_their_session_also_when_it_has_been_collected(memory: Engine) -> None:
+    class Key(int):
+        pass
+
+    session = Session(memory)
+    session.hash_key = key = Key(session.hash_key)
+    session.add_all([Note(id=1), Note(id=2)])
+    session.commit()
+    session.expunge_all()
+    loaded, added = session.get(Note, 1), Note(id=3)
+    session.add(added)
+    held = [instance_state(note) for note in (loaded, added)]
+    assert [object_session(note) for note in (loaded, added)] == [session, session]
+    session.rollback()
+    del session
+    gc.collect()
+
+    assert held[0].session is None
+    assert held[0].session_id is key
+    assert held[1].session_id is None  # rolled back
+
+
 def test_disposing_of_an_engine_gives_it_another_pool(engine: TenantEngine, pool: OnePool) -> None:
     engine.dispose()
     assert engine.pool is not pool
@@ -324,6 +398,8 @@ def test_the_hooks_have_the_signatures_that_are_overridden() -> None:
     assert list(inspect.signature(Pool._return_conn).parameters) == ["self", "record"]
     assert list(inspect.signature(Session._connection_for_bind).parameters) == ["self", "engine", "execution_options", "kw"]
     assert list(inspect.signature(Pool._should_wrap_creator).parameters) == ["self", "creator"]
+    assert list(inspect.signature(Session._merge).parameters)[:2] == ["self", "state"]
+    assert list(inspect.signature(Session._expunge_states).parameters) == ["self", "states", "to_transient"]
     for name in ("_do_get", "_do_return_conn", "recreate", "dispose"):
         with pytest.raises(NotImplementedError):
             getattr(Pool, name)(*([None] * len(inspect.signature(getattr(Pool, name)).parameters)))

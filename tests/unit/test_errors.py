@@ -83,6 +83,7 @@ ARGUMENTS: dict[type[TenantDBError], tuple[Any, ...]] = {
     errors.NoTenantBound: (),
     errors.TenantAlreadyBound: ("acme", "beta"),
     errors.TenantContextClosed: ("acme",),
+    errors.LeftBehind: ("acme", 2, 0, "  File shop.py"),
     errors.CrossTenantError: ("Patient", "0b1c", "7f3e"),
     errors.NotATenantsSession: ("Session",),
     errors.AuditNotReady: ("acme",),

@@ -63,6 +63,7 @@ def test_the_public_names_are_these() -> None:
         "TenantState",
         "User",
         "acting",
+        "bind_tenant",
         "current_tenant",
         "errors",
     ]

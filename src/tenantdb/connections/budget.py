@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -229,7 +228,7 @@ class ServerBudget:
             if unit.place is None:
                 continue
             if unit.since + after <= now:
-                place, unit.place = "".join(traceback.format_list(unit.place)), None
+                place, unit.place = "".join(unit.place.format()), None
                 logger.warning("a connection of tenant %s has been leased for %.1f s; taken at:\n%s", _label(unit), now - unit.since, place)
                 self.emit("LeaseOverdue", self.server, _label(unit), now - unit.since, place)
             else:

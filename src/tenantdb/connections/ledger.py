@@ -144,7 +144,8 @@ class Unit:
     """One connection's place in the budget. What is about the connection and its lease is the shell's."""
 
     __slots__ = (
-        "eof", "expires_at", "handed", "idle_since", "owner", "place", "reason", "record", "shelf", "since", "state", "wire", "work",
+        "binding", "eof", "expires_at", "handed", "idle_since", "owner", "place", "reason", "record", "shelf", "since", "state", "wire",
+        "work",
     )  # fmt: skip
 
     def __init__(self, shelf: Shelf, work: Work) -> None:
@@ -161,6 +162,7 @@ class Unit:
         self.since = 0.0  # when its lease began
         self.owner: object = None  # whose it is: a number of a thread or task, which it does not keep alive
         self.place: Any = None  # the stack where it was taken
+        self.binding: Any = None  # the block that bound the tenant for whoever took it
 
 
 class Claim:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sys
 import time
 import traceback
 import weakref
@@ -18,8 +19,10 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from sys import is_finalizing
 from threading import get_ident
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from greenlet import getcurrent  # type: ignore[import-untyped]
 from sqlalchemy.engine import Engine
 
 from tenantdb.backends import ConnectFailed, FailureClass, Location
@@ -29,6 +32,7 @@ from tenantdb.connections.ledger import Shelf, Unit, UnitState, Verdict, Work
 from tenantdb.connections.reaper import LONGEST_GOODBYE
 from tenantdb.connections.sqla import BudgetedPool, Record
 from tenantdb.connections.waiting import LoopWaiter, ThreadWaiter, await_in_greenlet
+from tenantdb.context import Binding, is_watched, leasing_block
 from tenantdb.errors import BudgetExhausted, EngineRetired, RegistryError, ServerUnavailable, WrongDatabase
 from tenantdb.settings import Settings
 
@@ -43,6 +47,8 @@ _TENANT_MEMORY = 1.0  # seconds for which a failure of one tenant is repeated to
 _RETRY_FIRST = 0.05  # seconds
 _RETRY_LONGEST = 1.0
 _SHORTEST_CHECK = 1.0  # seconds that an idle connection has to answer, however little time there is to wait for one
+_FRAMES = 12  # of the application, that tell where a lease began
+_NOT_THE_APPLICATION = ("sqlalchemy", "tenantdb", "contextlib")
 _LIFETIME_SPREAD = 0.1  # connections born together do not die together
 
 
@@ -100,6 +106,7 @@ class TenantPool(BudgetedPool):
         self._loop = asyncio.get_running_loop() if source.is_async else None
         budget = source.settings.budget
         self._budget, self._parks = source.budget, source.parks
+        self._leak_sample = source.settings.leak_sample
         self._timeout, self._check_after, self._leak_after = budget.acquire_timeout, budget.check_after, budget.leak_after
         source.budget.pools.add(self)
 
@@ -123,8 +130,6 @@ class TenantPool(BudgetedPool):
             if unit.record is None:
                 unit.record = Record(self, unit, deadline)
         unit.since, unit.owner = now, id(current_task(self._loop)) if self._is_asyncio else get_ident()
-        if self._leak_after:
-            unit.place = traceback.extract_stack(limit=24)[:-2]
         if unit.state is UnitState.IN_USE:
             try:
                 rested = now - unit.idle_since
@@ -133,6 +138,12 @@ class TenantPool(BudgetedPool):
             except BaseException:  # cancelled: the answer to its reset is still outstanding, and the next user reads it
                 self._give_back(unit, unit.reason)  # there is a reason where it was found dead and a listener failed
                 raise
+        binding = leasing_block()
+        if binding is not None:
+            unit.binding = binding
+            binding.leased[unit] = self
+        if self._leak_after or (binding is not None and (random.random() < self._leak_sample or is_watched())):
+            unit.place = _application_frames()
         return unit.record
 
     def _owner(self) -> object:
@@ -294,6 +305,9 @@ class TenantPool(BudgetedPool):
     def _do_return_conn(self, record: Any) -> None:
         unit = record.unit
         unit.owner = unit.place = None
+        if unit.binding is not None:
+            binding, unit.binding = unit.binding, None
+            binding.leased.pop(unit, None)
         if unit.state is UnitState.GONE:  # it is the parent's, before a fork
             return
         if record.dbapi_connection is None:
@@ -377,6 +391,16 @@ class TenantPool(BudgetedPool):
         """Connections in somebody's hands."""
         return (unit for unit in list(self._units.values()) if unit.state is UnitState.IN_USE and unit.owner is not None)
 
+    def left_behind(self, unit: Unit, binding: Binding) -> str | None:
+        """See `tenantdb.context.Lessor`."""
+        if unit.binding is not binding or unit.state is not UnitState.IN_USE or unit.owner is None:
+            return None
+        unit.binding = None
+        place = "" if unit.place is None else "".join(unit.place.format())
+        budget = self._budget
+        budget.emit("LeaseLeft", budget.server, self.source.label, budget.clock() - unit.since, place)
+        return place
+
     def status(self) -> str:
         return f"tenant pool: {self.shelf.units} connections, {len(self.shelf.idle)} idle"
 
@@ -387,3 +411,22 @@ class TenantPool(BudgetedPool):
     def checkedout(self) -> int:
         """Connections that are leased or being opened."""
         return len(list(self.leases())) + len(self._opening)
+
+
+def _application_frames() -> traceback.StackSummary:
+    """Where the running code was called from, without SQLAlchemy's frames and ours. In asyncio the coroutine stands on another stack, that
+    of the greenlet which waits for this one."""
+
+    def frames(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
+        stack: Any = getcurrent()
+        while stack is not None:
+            while frame is not None:
+                if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_APPLICATION:
+                    yield frame, frame.f_lineno
+                frame = frame.f_back
+            stack = stack.parent
+            frame = None if stack is None else stack.gr_frame
+
+    place = traceback.StackSummary.extract(frames(sys._getframe(1)), limit=_FRAMES, lookup_lines=False)
+    place.reverse()
+    return place

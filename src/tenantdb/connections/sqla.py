@@ -11,6 +11,8 @@ tests/unit/test_contract_sqlalchemy.py holds each of them to what is assumed her
   closed, or detached.
 - A record that is given back calls listeners first and ``_return_conn`` last. One that is closed calls listeners first as well.
 - A session connects through its `_connection_for_bind`. Only its unit of work goes past it, by way of `get_bind`, while ``_flushing``.
+- An object in a session holds the session's ``hash_key``, the very object, also when the session has been collected; and it leaves by
+  `expunge_all`, by `_expunge_states`, or by ``deleted_to_detached``. Whatever is merged passes through `_merge`.
 """
 
 from __future__ import annotations
