@@ -15,7 +15,7 @@ import asyncio
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,10 @@ class Face(ABC):
     async def leave(self, path: str, headers: dict[str, str]) -> bytes:
         """A request whose client is gone after the first piece of the body, which is returned."""
 
+    @abstractmethod
+    async def halfway(self, path: str, headers: dict[str, str], meanwhile: Callable[[], object]) -> tuple[bytes, BaseException | None]:
+        """A request in whose body something happens after the first piece: what was sent of it in all, and what broke it off."""
+
 
 # -- ASGI --------------------------------------------------------------------------------------------------------------------------------
 
@@ -130,6 +134,23 @@ class OverASGI(Face):
         # Starlette makes another exception of it, or a group of them.
         await asyncio.gather(self.app(http_scope(path, headers), receive, send), return_exceptions=True)
         return first
+
+    async def halfway(self, path: str, headers: dict[str, str], meanwhile: Callable[[], object]) -> tuple[bytes, BaseException | None]:
+        pieces: list[bytes] = []
+
+        async def receive() -> Any:
+            if pieces:
+                await asyncio.Event().wait()  # the client is there to the end
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            if piece := message.get("body"):
+                pieces.append(piece)
+                if len(pieces) == 1:
+                    await asyncio.to_thread(meanwhile)
+
+        [error] = await asyncio.gather(self.app(http_scope(path, headers), receive, send), return_exceptions=True)
+        return b"".join(pieces), error
 
 
 class RawASGI(OverASGI):
@@ -226,9 +247,10 @@ def environ_of(path: str, headers: dict[str, str] | None = None, *, method: str 
 class Server:
     """What a WSGI server does with one response, strictly after PEP 3333."""
 
-    def __init__(self) -> None:
+    def __init__(self, after_first_piece: Callable[[], object] | None = None) -> None:
         self.heads: list[tuple[str, dict[str, str]]] = []
         self.sent = b""
+        self._after_first_piece = after_first_piece
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         assert exc_info is not None or not self.heads
@@ -247,6 +269,8 @@ class Server:
         try:
             for number, piece in enumerate(body, 1):
                 self.write(piece)
+                if number == 1 and self._after_first_piece is not None:
+                    self._after_first_piece()
                 if number == pieces:
                     break
         finally:
@@ -268,6 +292,14 @@ class OverWSGI(Face):
 
     async def leave(self, path: str, headers: dict[str, str]) -> bytes:
         return Server().run(self.app, environ_of(path, headers), pieces=1).body
+
+    async def halfway(self, path: str, headers: dict[str, str], meanwhile: Callable[[], object]) -> tuple[bytes, BaseException | None]:
+        server = Server(after_first_piece=meanwhile)
+        try:
+            server.run(self.app, environ_of(path, headers))
+        except Exception as error:
+            return server.sent, error
+        return server.sent, None
 
 
 class RawWSGI(OverWSGI):

@@ -60,8 +60,15 @@ class Served:
 def serve(face: str, world: World, log: Path) -> Iterator[Served]:
     """Serve the world's database behind a face until the block ends."""
     command = "uvicorn --port 0 --no-access-log" if issubclass(FACES[face], OverASGI) else "gunicorn --bind 127.0.0.1:0 --threads 4"
-    environment = {**os.environ, _FACE: face, _URL: str(world.db.settings.url)}
-    arguments = [sys.executable, "-m", *command.split(), f"{__name__}:app"]
+    with running(f"{command} {__name__}:app", {_FACE: face, _URL: str(world.db.settings.url)}, log) as served:
+        yield served
+
+
+@contextmanager
+def running(command: str, variables: dict[str, str], log: Path) -> Iterator[Served]:
+    """Run a server until the block ends; ``command`` is what ``python -m`` is told, ``variables`` go into its environment."""
+    environment = {**os.environ, **variables}
+    arguments = [sys.executable, "-m", *command.split()]
     with log.open("w") as output, subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=output) as process:
         try:
             eventually(lambda: _LISTENING.search(log.read_text()) is not None or process.poll() is not None, within=60)

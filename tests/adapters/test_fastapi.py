@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from typing import Annotated, Any
 
 import pytest
@@ -32,7 +33,8 @@ from tenantdb.fastapi import (
 )
 from tenantdb.model import MemberRole
 from tenantdb.resolvers import subdomain
-from tests.adapters.world import Answer, Patient, WebSocketPeer, World, request
+from tests.adapters.world import Answer, Patient, WebSocketPeer, World, http_scope, request
+from tests.world import eventually
 
 
 class NewPatient(BaseModel):
@@ -202,6 +204,34 @@ async def test_a_session_does_not_commit_by_itself(world: World) -> None:
 @pytest.mark.parametrize("path", ["/stream", "/blocking/stream"])
 async def test_a_streamed_body_reads_through_the_routes_session(world: World, path: str) -> None:
     assert (await request(clinic(world), path, world.as_bob)).body == b"globex" * 3
+
+
+@pytest.mark.parametrize("path", ["/stream", "/blocking/stream"])
+async def test_a_client_that_leaves_in_the_middle_of_a_body_gives_its_connection_back(world: World, path: str) -> None:
+    """P11: whether a coroutine makes the body or, in a worker's thread, an ordinary generator."""
+    pieces: list[bytes] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            assert in_use(world) == 1
+            pieces.append(message["body"])
+            raise OSError("the client is gone")
+
+    await asyncio.gather(clinic(world)(http_scope(path, world.as_ann), receive, send), return_exceptions=True)
+
+    def given_back() -> bool:
+        gc.collect()  # to which Starlette leaves generators
+        return in_use(world) == 0
+
+    eventually(given_back)
+    assert pieces == [b"acme"]
+
+
+def in_use(world: World) -> int:
+    return sum(server.in_use for server in world.db.stats())
 
 
 async def test_concurrent_requests_of_two_tenants_never_mix(world: World) -> None:

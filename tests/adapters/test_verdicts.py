@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
 import jwt
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tenantdb import errors
 from tenantdb.aio import AsyncTenantDB
+from tenantdb.auth import RegistryAuth
 from tenantdb.context import bound_or_none
 from tenantdb.database import TenantDB
+from tenantdb.jwks import JWKS
 from tenantdb.model import Tenant
 from tenantdb.requests import Gate
 from tenantdb.resolvers import all_agree, custom_domain, header, path_prefix, subdomain
+from tenantdb.tokens import Tokens
 from tests.adapters.faces import FACES, Face
-from tests.adapters.world import TOKEN_KEY, World
-from tests.world import eventually
+from tests.adapters.world import TOKEN_KEY, World, peopled, queries
+from tests.conformance.watching import restrict, settled
+from tests.unit.test_jwks import FIRST, Clock, idle, public, serving
+from tests.world import PostgreSQLWorld, eventually
 
 Make = Callable[..., Face]
 
@@ -117,6 +124,70 @@ async def test_only_a_good_token_is_a_credential(make: Make, world: World) -> No
     assert {kind for kind, *_ in refusals(world)} == {"refused.invalid-token", "refused.authentication-required"}
 
 
+@pytest.mark.parametrize("trouble", ["500", "hangs"])
+async def test_a_flood_of_unknown_key_ids_asks_the_issuer_once_and_keeps_nobody_waiting(make: Make, world: World, trouble: str) -> None:
+    """J15, J16; `tests/unit/test_jwks.py` has the twin."""
+
+    def bearer(kid: str) -> dict[str, str]:
+        claims = jwt.decode(world.as_ann["authorization"].removeprefix("Bearer "), options={"verify_signature": False})
+        return {"authorization": "Bearer " + jwt.encode(claims, FIRST, "RS256", {"kid": kid, "typ": "at+jwt"})}
+
+    with serving() as issuer:
+        issuer.serves({"keys": [public(FIRST, "RS256", "k1")]})
+        clock = Clock()
+        keys = JWKS(issuer.url, cooldown=10.0, timeout=60.0, clock=clock)
+        tokens = Tokens(keys, issuer="clinic", audience="clinic-api")
+        tokens.start()
+        face = make(authenticate=RegistryAuth(tokens, world.db))
+        assert (await face.ask("/", bearer("k1"))).json["bound"] == "acme"  # the first request, at which WSGI makes all ready
+        before = issuer.asked
+        if trouble == "hangs":
+            issuer.go.clear()
+        else:
+            issuer.serves(b"", status=500)
+        clock.now += 10.0
+        unknown = bearer("unknown")
+
+        for _ in range(100):
+            assert (await face.ask("/", unknown)).code == "invalid-token"
+        eventually(lambda: issuer.asked == before + 1)  # for all of the flood
+        assert (await face.ask("/", bearer("k1"))).json["bound"] == "acme"
+
+        issuer.go.set()
+        idle(keys)
+        assert issuer.asked == before + 1
+
+
+async def test_what_no_key_of_ours_signed_asks_the_registry_nothing(make: Make, world: World) -> None:
+    """N3, from the front: who invents tenants and users in tokens costs no query."""
+    face = make()
+    assert (await face.ask("/", world.as_ann)).status == 200
+
+    with queries(world.db) as asked:
+        for _ in range(200):
+            claims = {"sub": str(uuid4()), "tenant_id": str(uuid4()), "exp": 2**40}
+            reply = await face.ask("/", {"authorization": "Bearer " + jwt.encode(claims, "f" * 32, headers={"typ": "at+jwt"})})
+            assert reply.code == "invalid-token"
+        assert reads(asked) == 0
+
+
+async def test_names_that_nobody_has_ask_the_registry_less_and_less(make: Make, world: World) -> None:
+    """N3, from the front; `tests/unit/test_names.py` has the numbers and the twin."""
+    face = make(authenticate=None, resolver=subdomain("clinic.example"))
+
+    with queries(world.db) as asked:
+        for number in range(1_500):
+            assert (await face.ask("/", {"host": f"nobody-{number}.clinic.example"})).status == 404
+
+    assert 0 < reads(asked) < 500
+    assert (await face.ask("/read", {"host": "globex.clinic.example"})).body == b"globex"
+
+
+def reads(asked: list[str]) -> int:
+    """Without what the audit log needs to write down, now and then, that somebody was refused."""
+    return sum(statement.startswith("SELECT") and "audit" not in statement for statement in asked)
+
+
 def signed_at(token: str) -> int:
     return int(jwt.decode(token, options={"verify_signature": False})["iat"])
 
@@ -165,12 +236,39 @@ async def test_who_is_no_member_any_more_is_out_at_the_next_request(make: Make, 
     assert (await face.ask("/", world.as_ann)).code == "no-access"
 
 
+def elsewhere(world: World, **options: Any) -> World:
+    """Another process of the application."""
+    db = TenantDB(str(world.db.settings.url), **options)
+    return replace(world, db=db, adb=AsyncTenantDB(db))
+
+
+@pytest.mark.parametrize("way", ["looking", "nothing"])
+async def test_who_is_put_out_by_another_process_is_out_here_once_it_has_looked(make: Make, world: World, way: str) -> None:
+    """J18; and its twin: a process that nobody tells and that does not look goes on."""
+    with (here := elsewhere(world)).db:
+        restrict(here.db, way)
+        face = make(here)
+        settled(here.db, way)
+        assert (await face.ask("/", world.as_ann)).status == 200
+
+        world.db.memberships.remove(world.ann, world.acme)
+
+        async def refused() -> str | None:
+            while (reply := await face.ask("/", world.as_ann)).status == 200:
+                await asyncio.sleep(0.01)
+            return reply.code
+
+        if way == "looking":
+            assert await asyncio.wait_for(refused(), 30) == "no-access"
+        else:
+            assert (await face.ask("/", world.as_ann)).status == 200
+
+
 def put_into(world: World, state: str) -> World:
     """Another process of the application, where acme is in this state already."""
     with world.db._registry._transactions.write() as connection:
         connection.exec_driver_sql("UPDATE tenantdb_tenants SET state = ? WHERE slug = 'acme'", (state,))
-    db = TenantDB(str(world.db.settings.url))
-    return replace(world, db=db, adb=AsyncTenantDB(db))
+    return elsewhere(world)
 
 
 async def test_a_tenant_that_is_not_served_is_refused_with_a_good_token(make: Make, world: World) -> None:
@@ -191,6 +289,24 @@ async def test_a_tenant_that_is_not_served_is_refused_with_a_good_token(make: Ma
 
             assert (reply.status, reply.code, reply.headers.get("retry-after")) == expected, state
             assert face.ran == [] and (await face.ask("/read", world.as_bob)).body == b"globex"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("refuse", (402, "subscription-expired")), ("readonly", (200, None)), ("allow", (200, None))]
+)
+async def test_who_has_not_paid_is_answered_as_the_policy_says(
+    make: Make, world: World, policy: str, expected: tuple[int, str | None]
+) -> None:
+    """J19; what may be written is in `tests/conformance/test_subscriptions.py`."""
+    world.db.update("acme", subscription="past_due")
+    with (now := elsewhere(world, past_due=policy)).db:
+        face = make(now)
+
+        reply = await face.ask("/read", world.as_ann)
+
+        assert (reply.status, reply.code if reply.status != 200 else None) == expected
+        assert (reply.body == b"acme") is (reply.status == 200)
+        assert (await face.ask("/read", world.as_bob)).body == b"globex"
 
 
 async def test_an_outage_is_no_absence(make: Make, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,6 +604,40 @@ async def test_a_client_that_leaves_in_the_middle_of_a_body_gives_its_connection
 
     eventually(given_back, within=10)
     assert bound_or_none() is None
+
+
+# -- a suspension in the middle of a body ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def operator(postgresql_world: PostgreSQLWorld) -> Iterator[World]:
+    """An installation on PostgreSQL, in a process that manages it."""
+    with postgresql_world.make_db() as db:
+        yield peopled(db)
+
+
+async def test_a_tenant_suspended_in_the_middle_of_a_body_gets_no_more_of_it(
+    make: Make, operator: World, postgresql_world: PostgreSQLWorld
+) -> None:
+    """J20: suspended by another process, of which this one hears nothing. The server ends the sessions, and lets none in again."""
+    with postgresql_world.twin(operator.db, server=None) as db:
+        serving_process = replace(operator, db=db, adb=AsyncTenantDB(db))
+        face = make(serving_process)
+
+        body, error = await face.halfway("/stream", operator.as_ann, lambda: operator.db.suspend("acme"))
+
+        assert body == b"acme"  # of three
+        assert isinstance(error, errors.TenantSuspended | OperationalError)
+        assert postgresql_world.open_connections(operator.db, [operator.acme]) == 0
+        eventually(lambda: in_use(serving_process) == 0)
+        assert (await face.ask("/read", operator.as_ann)).code == "tenant-suspended"
+        assert (await face.ask("/stream", operator.as_bob)).body == b"globex" * 3
+        await serving_process.adb.close()
+
+
+async def test_a_body_of_a_tenant_that_is_served_is_sent_to_its_end(make: Make, world: World) -> None:
+    """The twin of J20: it is the suspension that breaks it off."""
+    assert await make().halfway("/stream", world.as_ann, lambda: None) == (b"acme" * 3, None)
 
 
 def in_use(world: World) -> int:

@@ -27,7 +27,7 @@ from tenantdb.errors import ConfigError, NoTenantBound, TenantContextClosed, Ten
 from tenantdb.model import Facts, Identity
 from tenantdb.wsgi import RegistryAuth, TenantMiddleware
 from tests.adapters.faces import NAME, Server, environ_of
-from tests.adapters.world import World
+from tests.adapters.world import World, add_tenant
 
 
 def protect(world: World, app: Any, **options: Any) -> TenantMiddleware:
@@ -340,21 +340,26 @@ def test_a_body_may_be_pulled_in_other_threads_than_the_call(world: World) -> No
 
 
 def test_concurrent_requests_in_threads_never_mix(world: World) -> None:
-    together = threading.Barrier(8)
+    """C6."""
+    tenants = [world.acme, world.globex, *(add_tenant(world.db, f"clinic-{number}") for number in range(18))]
+    for tenant in tenants:
+        world.db.memberships.add(world.ann, tenant, role="admin")
+    together = threading.Barrier(20)
 
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
         ok(start_response)
-        together.wait(30)  # all eight are inside
+        together.wait(30)  # twenty are inside
         for _ in range(5):
             with world.db.session() as session:
                 yield str(session.scalar(NAME)).encode() + b" " + slug() + b"\n"
 
     protected = protect(world, app)
-    with ThreadPoolExecutor(8) as threads:
-        who = [world.as_ann, world.as_bob] * 4
+    with ThreadPoolExecutor(20) as threads:
+        wanted = [tenants[number % 20] for number in range(60)]
+        who = [world.bearer(world.ann, tenant) for tenant in wanted]
         replies = list(threads.map(lambda headers: Server().run(protected, environ_of("/", headers)), who))
 
-    assert [reply.body for reply in replies] == [b"acme acme\n" * 5, b"globex globex\n" * 5] * 4
+    assert [reply.body.decode() for reply in replies] == [f"{tenant.slug} {tenant.slug}\n" * 5 for tenant in wanted]
 
 
 def test_concurrent_requests_in_greenlets_never_mix(world: World) -> None:

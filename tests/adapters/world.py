@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ForeignKey
+from sqlalchemy import ForeignKey, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from tenantdb.aio import AsyncTenantDB
@@ -69,23 +70,46 @@ def new_tokens() -> Tokens:
 
 @contextmanager
 def new_world(folder: Path) -> Iterator[World]:
-    db = TenantDB(f"sqlite:///{folder}/central.sqlite3")
-    db.init()
+    with TenantDB(f"sqlite:///{folder}/central.sqlite3") as db:
+        db.init()
+        yield peopled(db)
+
+
+def peopled(db: TenantDB) -> World:
+    """A new installation with its clinics and their people."""
     ann = db.users.create("ann@acme.example", "correct horse battery")
     bob = db.users.create("bob@globex.example", "correct horse battery")
     acme, globex = (add_tenant(db, slug) for slug in ("acme", "globex"))
     db.memberships.add(ann, acme, role="admin")
     db.memberships.add(bob, globex, role="user")
-    yield World(db, AsyncTenantDB(db), new_tokens(), acme, globex, ann, bob)
-    db.close()
+    return World(db, AsyncTenantDB(db), new_tokens(), acme, globex, ann, bob)
 
 
 def add_tenant(db: TenantDB, slug: str) -> Tenant:
     tenant = db.provision(slug)
+    with db.migrations.owner_connection(tenant) as connection:
+        Base.metadata.create_all(connection)
+        connection.commit()
     with db.begin(slug) as session:
-        Base.metadata.create_all(session.connection())
         session.add(Patient(id=1, name=slug))
     return tenant
+
+
+@contextmanager
+def queries(db: TenantDB) -> Iterator[list[str]]:
+    """What the registry is asked in the block, other than by the thread that watches it."""
+    asked: list[str] = []
+
+    def count(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if not threading.current_thread().name.startswith("tenantdb-watch"):
+            asked.append(statement)
+
+    engine = db._registry._transactions.engine
+    event.listen(engine, "before_cursor_execute", count)
+    try:
+        yield asked
+    finally:
+        event.remove(engine, "before_cursor_execute", count)
 
 
 Message = MutableMapping[str, Any]

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from tenantdb import Tenant, errors
 from tenantdb.backends import postgresql
 from tenantdb.backends.postgresql import PostgreSQL, wire
+from tenantdb.connections import pools
 from tenantdb.connections.sqla import wire_of
 from tenantdb.events import ServerDown, ServerUp
 from tests.chaos.proxy import Proxy
@@ -419,6 +420,32 @@ async def test_a_tenants_own_failure_is_remembered_for_that_tenant_only(make_fac
         except errors.ServerUnavailable:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(("memory", "attempts"), [(3600.0, range(1, 4)), (0.0, range(20, 61))], ids=["remembered", "forgotten"])
+async def test_a_password_that_is_wrong_for_good_causes_no_storm_of_logins(
+    make_face: MakeFace, town: Town, tenants: list[Tenant], monkeypatch: pytest.MonkeyPatch, memory: float, attempts: range
+) -> None:
+    """C20; and its twin, which asks the server each time. The server counts."""
+    monkeypatch.setattr(pools, "_TENANT_MEMORY", memory)
+    face, broken = make_face(4), tenants[24]
+    role = sql.Identifier(broken.runtime_role or "")
+    password = town.db._registry.runtime_password(town.db.tenants.record(broken.id))
+
+    def refused() -> int:
+        failed = f'password authentication failed for user "{broken.runtime_role}"'
+        return town.world.server.log.read_text(errors="replace").count(failed)
+
+    before = refused()
+    town.run("ALTER ROLE {} PASSWORD 'another'", role)
+    try:
+        for _ in range(20):
+            with pytest.raises(errors.ServerUnavailable, match="wrong password"):
+                await whose(face, broken)
+    finally:
+        town.run("ALTER ROLE {} PASSWORD {}", role, sql.Literal(password))
+    assert refused() - before in attempts
+    assert await whose(face, tenants[23])
 
 
 async def test_a_server_that_comes_back_is_not_stormed(make_face: MakeFace, far: list[Tenant], monkeypatch: pytest.MonkeyPatch) -> None:

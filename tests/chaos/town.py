@@ -74,6 +74,10 @@ class Town:
         return self.make(10, server="far")
 
     @cached_property
+    def fifty(self) -> list[Tenant]:
+        return [*self.near, *self.make(20)]
+
+    @cached_property
     def three_hundred(self) -> list[Tenant]:
         return [*self.near, *self.make(270)]
 

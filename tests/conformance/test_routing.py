@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
+from collections.abc import Callable
 
 import pytest
 from sqlalchemy import insert, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 
-from tenantdb import Budget, Tenant, TenantDB, errors
+from tenantdb import AsyncTenantDB, Budget, Tenant, TenantDB, current_tenant, errors
 from tenantdb.registry.tables import tenants
-from tests.conformance.app import MARKER, NOTES, markers, note
+from tests.conformance.app import MARKER, NOTES, markers, note, notes
 from tests.conformance.colours import WAYS, Face, MakeFace
 from tests.conformance.conftest import Estate
 
@@ -52,6 +54,42 @@ async def test_an_unknown_tenant_is_not_found_by_slug_or_by_id_and_not_when_reme
 async def test_without_a_tenant_there_is_no_way_in(face: Face, acme: Tenant, way: str) -> None:
     with pytest.raises(errors.NoTenantBound):
         await face.read(way)
+
+
+def test_only_the_ways_in_can_be_asked_without_a_tenant(db: TenantDB) -> None:
+    """C1: a method that is new here and may do without one has to be among the ways that the test above tries."""
+    for database in (db, AsyncTenantDB(db)):
+        tenants = {
+            name: inspect.signature(getattr(database, name)).parameters.get("tenant")
+            for name in dir(database)
+            if not name.startswith("_") and inspect.isroutine(getattr(database, name))
+        }
+        optional = {name for name, tenant in tenants.items() if tenant and tenant.default is not tenant.empty}
+        assert optional == {*WAYS, "doctor"}  # which looks at all of them, and shows nobody's rows
+
+
+def test_what_is_done_for_the_bound_tenant_is_refused_where_none_is(db: TenantDB) -> None:
+    """C1: nothing falls back to the registry, which the process could write to."""
+
+    class Row(DeclarativeBase):
+        pass
+
+    class Note(Row):
+        __table__ = notes.to_metadata(Row.metadata)
+
+    ways: list[Callable[[], object]] = [
+        current_tenant,
+        db.session,
+        lambda: db.begin().__enter__(),
+        lambda: db.connect().__enter__(),
+        db.engine,
+        lambda: db.session().execute(insert(Note), [{"id": 1}, {"id": 2}]),
+        lambda: db.session().bulk_insert_mappings(Note, [{"id": 1}]),  # type: ignore[arg-type]
+        lambda: db.audit.record(db.session(), "note.read"),
+    ]
+    for way in ways:
+        with pytest.raises(errors.NoTenantBound):
+            way()
 
 
 async def test_a_session_does_not_commit_by_itself(face: Face, fresh: Tenant) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import get_args
 
 import click
@@ -228,6 +229,49 @@ def test_what_stays_open_on_managed_servers_is_said_in_the_words_of_check() -> N
     listed = re.findall(r"^- (hardening='managed': .+)$", text("howto/postgresql.md"), re.MULTILINE)
 
     assert listed == list(MANAGED_GAPS)
+
+
+# -- abuse cases -----------------------------------------------------------------------------------------------------------------------
+
+CASES = (
+    "J1 J2 J3 J4 J5 J6 J8 J9 J10 J11 J12 J13 J14 J15 J16 J17 J18 J19 J20 J22 J23 "
+    "P1 P2 P3 P4 P5 P6 P8 P9 P10 P11 P12 P14 "
+    "C1 C2 C3 C5 C6 C7 C8 C9 C10 C11 C13 C14 C15 C16 C17 C18 C19 C20 C21 C22 C23 C24 C25 C26 "
+    "N1 N2 N3 N4 N5 N6 N7"
+).split()
+ASGI_ALONE = {"P10"}  # websockets
+
+
+def abuse_cases() -> dict[str, list[str]]:
+    """The tests that each case's row names."""
+    found = re.findall(r"^\| ([A-Z]\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", text("explanation/abuse-cases.md"), re.MULTILINE)
+    return {case: re.findall(r"`(test_\w+)`", tests) for case, tests in found}
+
+
+def names_of_tests(folder: Path) -> set[str]:
+    files = folder.rglob("test_*.py") if folder.is_dir() else [folder]
+    return {name for file in files for name in re.findall(r"^(?:async )?def (test_\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def test_every_abuse_case_has_one_row() -> None:
+    rows_begun = re.findall(r"^\| ([A-Z]\d+) \|", text("explanation/abuse-cases.md"), re.MULTILINE)
+
+    assert rows_begun == CASES == list(abuse_cases())
+
+
+def test_every_test_that_an_abuse_case_names_is_there() -> None:
+    there = names_of_tests(ROOT / "tests")
+
+    assert {case: [name for name in tests if name not in there] for case, tests in abuse_cases().items()} == {case: [] for case in CASES}
+    assert all(abuse_cases().values())
+
+
+def test_what_is_tried_against_paths_and_bodies_is_tried_behind_every_face() -> None:
+    behind_every_face = names_of_tests(ROOT / "tests" / "adapters" / "test_verdicts.py")
+
+    missing = [case for case, tests in abuse_cases().items() if case.startswith("P") and not behind_every_face.intersection(tests)]
+
+    assert set(missing) == ASGI_ALONE
 
 
 # -- command line ----------------------------------------------------------------------------------------------------------------------

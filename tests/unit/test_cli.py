@@ -409,6 +409,25 @@ def test_a_script_that_raises_fails_with_its_own_lines(db: TenantDB) -> None:
     run("shell", "acme", stdin="raise SystemExit(7)\n", exit_code=7)
 
 
+def test_no_command_works_on_a_tenant_that_nobody_named(db: TenantDB) -> None:
+    """C1: what may be left out means all of them, and only where it is said of all."""
+    db.provision("acme")
+
+    def commands(group: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:
+        for each, command in getattr(group, "commands", {}).items():
+            yield from commands(command, f"{name}{each} ") if isinstance(command, click.Group) else [(f"{name}{each}", command)]
+
+    optional = {
+        name
+        for name, command in commands(cli)
+        for parameter in command.params
+        if (parameter.name in ("slug", "tenant") and not parameter.required)
+    }
+
+    assert optional == set()
+    assert "Missing argument 'SLUG'" in run("shell", exit_code=2, stdin="session.execute('SELECT 1')").stderr
+
+
 def test_shell_opens_no_tenant_that_is_not_served(db: TenantDB) -> None:
     db.provision("acme")
     db.suspend("acme")
