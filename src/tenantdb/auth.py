@@ -47,7 +47,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)  # what may go 
 class Visit:
     """What the middleware knows of one request; adapters that stand on it find it in ``scope["tenantdb"]`` or ``environ["tenantdb"]``."""
 
-    __slots__ = ("_asked", "_authenticate", "_identity", "adb", "db", "exempt", "facts", "gate", "source")
+    __slots__ = ("_answered", "_asked", "_authenticate", "_identity", "adb", "db", "exempt", "facts", "gate", "source")
 
     def __init__(self, db: TenantDB, adb: AsyncTenantDB | None, gate: Gate, authenticate: Any, facts: Facts, source: str | None) -> None:
         self.db = db
@@ -58,6 +58,7 @@ class Visit:
         self.exempt = False
         self._authenticate = authenticate
         self._asked = False
+        self._answered = False
         self._identity: Identity | None = None
 
     @property
@@ -69,8 +70,8 @@ class Visit:
     # -- who ---------------------------------------------------------------------------------------------------------------------------
 
     def identify(self) -> Identity | None:
-        """Who makes the request; asked once. On an exempt route nobody has asked before somebody calls this."""
-        if not self._asked:
+        """Who makes the request; asked until there is an answer. On an exempt route nobody has asked before somebody calls this."""
+        if not self._answered:
             self._asked = True
             if self._authenticate is not None:
                 found = self._authenticate(self.facts)
@@ -79,15 +80,17 @@ class Visit:
                         found.close()  # or Python warns that nobody awaited it
                     raise ConfigError("authenticate= is a coroutine function, and WSGI cannot await it; give it an ordinary function")
                 self._identity = found
+            self._answered = True
         return self._identity
 
     async def aidentify(self) -> Identity | None:
         """The same for asyncio."""
-        if not self._asked:
+        if not self._answered:
             self._asked = True
             if self._authenticate is not None:
                 found = self._authenticate(self.facts)
                 self._identity = await found if inspect.isawaitable(found) else found
+            self._answered = True
         return self._identity
 
     # -- which tenant ------------------------------------------------------------------------------------------------------------------

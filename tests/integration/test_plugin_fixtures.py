@@ -299,11 +299,17 @@ MISUSE = """
 import pytest
 from application import Base
 from tenantdb import TenantDB
-from tenantdb.errors import MigrationError
+from tenantdb.errors import LeftBehind, MigrationError
 from tenantdb.testing import assert_migrations_match_models
 
 def test_a_tenant_stays_bound(tenant_db, tenant_factory):
     tenant_db.tenant_context(tenant_factory("acme")).__enter__()
+
+def test_a_connection_is_left_behind(tenant_db, tenant):
+    with pytest.raises(LeftBehind, match="test_misuse"), tenant_db.tenant_context(tenant):
+        left = tenant_db.session()
+        left.connection()
+    left.close()
 
 def test_the_next_is_not_blamed_for_it(tenant_db, tenant):
     with tenant_db.tenant_context(tenant), tenant_db.begin():
@@ -325,7 +331,7 @@ def test_nor_without_run_env(tenant_db):
 
 def test_whoever_gets_it_wrong_is_told(pytester: pytest.Pytester) -> None:
     result = run(make(pytester, test_misuse=MISUSE), "-p", "no:anyio")
-    result.assert_outcomes(passed=4, failed=1, errors=1)
+    result.assert_outcomes(passed=5, failed=1, errors=1)
     shown = result.stdout.str()
     assert "tenant 'acme' is still bound at the end of the test" in shown
     assert "async def functions are not natively supported" in shown

@@ -71,14 +71,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_bound() -> Iterator[None]:
-    """Fail a test that has ended inside a tenant's block, so that not the next one is blamed."""
-    yield
-    left = context.bound_or_none()
-    if left is not None:
-        context._bound.set(None)
-        pytest.fail(
-            f"tenant {left.slug!r} is still bound at the end of the test: its tenant_context was entered and not left", pytrace=False
-        )
+    """Fail a test that has ended inside a tenant's block, so that not the next one is blamed, and the block that leaves a connection
+    behind; the message tells where that was leased."""
+    with context.watch_for_leftovers():
+        yield
+        left = context.bound_or_none()
+        if left is not None:
+            context._bound.set(None)
+            pytest.fail(
+                f"tenant {left.slug!r} is still bound at the end of the test: its tenant_context was entered and not left", pytrace=False
+            )
 
 
 # -- the database layer ----------------------------------------------------------------------------------------------------------------
