@@ -49,7 +49,7 @@ def run(*, quick: bool) -> Result:
         result.add("commit_ratio", commit, bar="<= 1.12", note="the same with one update and a commit")
         result.add("async_commit_ratio", async_commit, bar="<= 1.12", note="the same in asyncio")
         note = "loading 1,000 rows as objects that are kept until the session is closed / the same without the guard of objects"
-        result.add("guard_bulk_ratio", _guard_ratio(db, 101 if quick else 401), bar="<= 1.1", note=note)
+        result.add("guard_bulk_ratio", _guard_ratio(db, 201 if quick else 601), bar="<= 1.1", note=note)
         result.add("reset_us", _reset_us(db, 2000 if quick else 10_000), note="sending the reset and reading its answer, for orientation")
     result.add(
         "import_ratio",
