@@ -20,6 +20,7 @@ from tenantdb.connections.budget import ServerBudget
 from tenantdb.connections.pools import Source, TenantPool
 from tenantdb.connections.reaper import Reaper
 from tenantdb.connections.share import limits_of
+from tenantdb.connections.sqla import Initialisation
 from tenantdb.model import DatabaseRole, Server, Tenant, TenantState
 
 _FEW, _MANY = 10, 10_000
@@ -92,6 +93,7 @@ def _template(*, is_async: bool) -> Engine:
     else:
         engine = create_engine("sqlite://", poolclass=NullPool)
     engine.pool = NullPool(cast("Any", StubConnection))
+    Initialisation.of(engine).done = True  # nothing will ever initialise it
     return engine
 
 
