@@ -556,7 +556,7 @@ class TenantDB:
 
     def watch(self) -> None:
         """Follow what other processes do to the registry: by notices on PostgreSQL, within milliseconds, and everywhere by comparing what
-        is in use every ``cache_ttl / 2`` seconds, after which no request looks up what it knows.
+        is in use every ``cache_ttl / 3`` seconds, after which no request looks up what it knows.
 
         Starts one thread, and on PostgreSQL one connection to the registry, until `close`; while they run a call costs nothing. After a
         fork the next call starts them in the child. Never waits for the registry, and raises nothing when it is out of reach.

@@ -101,7 +101,7 @@ class Registry:
         )
         product = backend(settings.url.backend)
         self._watcher = Watcher(
-            lambda: product.listen(settings.url, settings, CHANNEL), notices.heard, notices.check, every=settings.cache_ttl / 2
+            lambda: product.listen(settings.url, settings, CHANNEL), notices.heard, notices.check, every=settings.cache_ttl / 3
         )
 
     # -- the data path --

@@ -2,9 +2,10 @@
 
 On PostgreSQL every change of a row that somebody may have cached is told to the channel ``tenantdb`` by a trigger. That is quick, and
 nothing to rely on: a notice is lost with the connection that listens, and behind a transaction pooler none arrives at all. So every
-``cache_ttl / 2`` seconds what is in use is compared with the registry as well. What is unchanged is believed for another ``cache_ttl``
-seconds from the beginning of the comparison, so that no request has to look it up; what cannot be compared ends as it would have without,
-so that an outage never has anything believed for longer.
+``cache_ttl / 3`` seconds (a half would leave what is used between two comparisons no time to spare for the second) what is in use is
+compared with the registry as well. What is unchanged is believed for another ``cache_ttl`` seconds from the beginning of the comparison,
+so that no request has to look it up; what cannot be compared ends as it would have without, so that an outage never has anything believed
+for longer.
 """
 
 from __future__ import annotations
