@@ -410,22 +410,26 @@ def test_a_script_that_raises_fails_with_its_own_lines(db: TenantDB) -> None:
 
 
 def test_no_command_works_on_a_tenant_that_nobody_named(db: TenantDB) -> None:
-    """C1: what may be left out means all of them, and only where it is said of all."""
+    """C1. An option ``--tenant`` narrows what a command looks at; whom one works on is an argument."""
     db.provision("acme")
 
-    def commands(group: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:
-        for each, command in getattr(group, "commands", {}).items():
-            yield from commands(command, f"{name}{each} ") if isinstance(command, click.Group) else [(f"{name}{each}", command)]
+    def commands(group: click.Group, name: str = "") -> Iterator[tuple[str, click.Command]]:
+        for each, command in group.commands.items():
+            if isinstance(command, click.Group):
+                yield from commands(command, f"{name}{each} ")
+            else:
+                yield f"{name}{each}", command
 
-    optional = {
-        name
-        for name, command in commands(cli)
-        for parameter in command.params
-        if (parameter.name in ("slug", "tenant") and not parameter.required)
-    }
+    arguments = {name: parameter.required for name, command in commands(cli) for parameter in command.params if parameter.opts == ["slug"]}
 
-    assert optional == set()
-    assert "Missing argument 'SLUG'" in run("shell", exit_code=2, stdin="session.execute('SELECT 1')").stderr
+    assert {name for name, required in arguments.items() if not required} == {"purge", "rotate-credentials"}
+    for verb, said in {
+        "shell": "Missing argument 'SLUG'",
+        "purge": "say which tenant",
+        "rotate-credentials": "the slug of one tenant",
+    }.items():
+        result = run(verb, exit_code=2, stdin="print(session)")
+        assert said in result.stderr and not result.stdout
 
 
 def test_shell_opens_no_tenant_that_is_not_served(db: TenantDB) -> None:
