@@ -23,7 +23,8 @@ from celery._state import _set_current_app
 
 from tenantdb import Tenant, TenantDB
 from tenantdb.celery.stamps import HEADER
-from tenantdb.errors import SomeTenantsFailed, TaskRefused, TenantSuspended
+from tenantdb.errors import SomeTenantsFailed, TaskRefused, TenantDBError, TenantSuspended
+from tenantdb.testing.isolation import check_isolation
 from tests.adapters.redis_server import redis_server
 from tests.world import PostgreSQLWorld, SQLiteWorld, World
 
@@ -229,6 +230,29 @@ def test_a_child_has_connections_of_its_own_and_its_parents_live_on(there: Insta
     with psycopg.connect(there.world.superuser_url) as superuser:
         alive = superuser.execute("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", [seen["parent"]["backend"]]).fetchone()
     assert alive == (1,)
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_threads_coroutines_and_tasks_keep_to_their_tenants_under_chaos(there: Installation, leak: bool) -> None:
+    """The self-test that users can run, with tasks of a real worker among its ways."""
+
+    def task(tenant: Tenant) -> str:
+        result = there.app.whose.apply_async(tenant=tenant)
+        found = result.get(timeout=PATIENCE, propagate=False)
+        if not result.successful():  # its tenant was suspended, or its connection killed
+            raise TenantDBError("the task failed", type(found).__name__)
+        return str(found)
+
+    def astray(tenant: Tenant) -> str:
+        """A task whose publisher has another tenant in mind."""
+        others = [other for other in there.db.tenants.list("active") if other.id != tenant.id and other.slug.startswith("isolation-")]
+        return task(others[0]) if others else str(tenant.id)
+
+    ways = {"celery": task, **({"a task astray": astray} if leak else {})}
+    report = check_isolation(there.db, tenants=3, seconds=4, threads=3, tasks=8, ways=ways)
+
+    assert report.ok is not leak and {crossing.way for crossing in report.crossings} == ({"a task astray"} if leak else set()), report
+    assert report.checks["celery"] > 0 and report.checks["task"] > 0
 
 
 def test_a_worker_that_is_stopped_has_written_down_what_it_refused(there: Installation) -> None:

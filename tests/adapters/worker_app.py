@@ -13,6 +13,7 @@ from sqlalchemy import text
 from tenantdb import TenantDB
 from tenantdb.celery import AllTenantsTask, TenantTask, setup
 from tenantdb.context import bound_or_none, current_actor, current_tenant
+from tenantdb.testing.isolation import read_marker
 
 GIVEN = json.loads(os.environ["WORKER_APP"])
 
@@ -78,10 +79,16 @@ def look_everywhere() -> None:
         raise ValueError("not beta")
 
 
+@task(base=TenantTask)
+def whose() -> str:
+    with db.session() as session:
+        return read_marker(session)
+
+
 @task()
 def plain(*args: Any) -> dict[str, Any]:
     bound = bound_or_none()
     return {"slug": bound and bound.slug, "parent": of_the_parent, "pid": os.getpid()}
 
 
-__all__ = ["app", "blame", "db", "fail", "join", "look", "look_everywhere", "look_twice", "plain"]
+__all__ = ["app", "blame", "db", "fail", "join", "look", "look_everywhere", "look_twice", "plain", "whose"]
