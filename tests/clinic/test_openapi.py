@@ -79,5 +79,6 @@ def test_nothing_that_the_document_describes_is_a_500(served: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_nothing_that_the_document_describes_is_a_500_for_long(served: str) -> None:
     assert hammer(served, examples=60)[200] > 100
