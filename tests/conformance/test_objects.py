@@ -558,7 +558,7 @@ def crosses(pair: Pair, history: list[tuple[str, int, int]]) -> bool:
                 if "FOREIGN KEY" in str(error.orig):
                     return True
                 sessions[step[1]].rollback()
-            except (SQLAlchemyError, CrossTenantError):
+            except (SQLAlchemyError, CrossTenantError, AssertionError):  # the last is how a flush of nonsense ends in SQLAlchemy
                 sessions[step[1]].rollback()
         return any(
             about == tenants[1 - side].slug or (number >= 100 and number % 2 != side)
@@ -581,6 +581,5 @@ def test_whatever_is_done_with_objects_no_row_of_one_tenant_comes_to_another(pai
 def test_without_the_guard_there_is_a_history_in_which_one_does(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "refuse_foreign", lambda state, tenant_id: None)
 
-    assert find(
-        histories, lambda history: crosses(pair, history), settings=settings(max_examples=3000, deadline=None, phases=[Phase.generate])
-    )
+    searched = settings(max_examples=3000, deadline=None, phases=[Phase.generate], derandomize=True, database=None)
+    assert find(histories, lambda history: crosses(pair, history), settings=searched)
