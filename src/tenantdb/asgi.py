@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias
 
 from tenantdb.aio import AsyncTenantDB
-from tenantdb.auth import ANONYMOUS, Authenticate, RegistryAuth, Visit
-from tenantdb.context import acting, bind, unbound
+from tenantdb.auth import Authenticate, RegistryAuth, Visit
+from tenantdb.context import ANONYMOUS, acting, bind, unbound
 from tenantdb.database import TenantDB
 from tenantdb.errors import TenantDBError
 from tenantdb.model import Facts, Identity, Tenant

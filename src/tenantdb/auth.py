@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from tenantdb.aio import AsyncTenantDB
+from tenantdb.context import ANONYMOUS
 from tenantdb.database import TenantDB
 from tenantdb.errors import (
     AccessError,
@@ -40,7 +41,6 @@ An object may have more: ``acall``, what asyncio is to call instead, and ``start
 application starts.
 """
 
-ANONYMOUS = "anonymous"  # who acts, for the audit log, where a request did not have to say
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)  # what may go into logs and the audit log as it is
 
 

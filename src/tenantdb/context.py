@@ -31,6 +31,8 @@ R = TypeVar("R")
 
 log = logging.getLogger("tenantdb.context")
 
+ANONYMOUS = "anonymous"  # who acts, for the audit log, where a request did not have to say
+
 
 @dataclass(frozen=True, slots=True)
 class Actor:

@@ -95,11 +95,8 @@ def _describe(app: FastAPI, exempt: ExemptRoutes, *, authenticates: bool, requir
     describe = app.openapi
     scheme = jsonable_encoder(_identity.model, exclude_none=True)
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/TenantProblem"}}}
-    refusals = {
-        code: {"description": said, "content": content} for code, said in _REFUSALS.items() if authenticates or code not in ("401",)
-    }
-    if authenticates:
-        del refusals["404"]  # whoever signs in is told 403, whether there is such a tenant or not
+    never = "404" if authenticates else "401"  # whoever signs in is told 403, whether there is such a tenant or not
+    refusals = {code: {"description": said, "content": content} for code, said in _REFUSALS.items() if code != never}
 
     def openapi() -> dict[str, Any]:
         schema = describe()

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from tenantdb.aio import AsyncTenantDB
-from tenantdb.auth import ANONYMOUS, Authenticate, RegistryAuth, Visit
-from tenantdb.context import Binding, act, bind, unbind
+from tenantdb.auth import Authenticate, RegistryAuth, Visit
+from tenantdb.context import ANONYMOUS, Binding, act, bind, unbind
 from tenantdb.database import TenantDB
 from tenantdb.errors import TenantDBError
 from tenantdb.model import Facts, Identity, Tenant

@@ -29,7 +29,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
 
-from tenantdb.context import Actor, current_actor
+from tenantdb.context import ANONYMOUS, Actor, current_actor
 from tenantdb.errors import RateLimited
 from tenantdb.model import TenantState
 from tenantdb.registry.tables import rates, tenants, utcnow
@@ -39,7 +39,6 @@ from tenantdb.settings import Settings
 logger = logging.getLogger("tenantdb.registry")
 
 HOUR = timedelta(hours=1)
-ANONYMOUS = "anonymous"  # as adapters call who did not say who he is
 _NETWORK = 64  # bits of an IPv6 address: the least that one customer of a provider has, and he uses any of them
 _SWEPT = 10  # rows at most that one attempt clears away, so that none has to pay for a flood
 _UNFINISHED = (TenantState.PROVISIONING, TenantState.FAILED)

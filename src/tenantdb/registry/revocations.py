@@ -13,7 +13,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Column, Connection, Table, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tenantdb.errors import InvalidToken
@@ -162,25 +162,21 @@ class RevocationStore:
     def revoke_user(self, user: User | UUID | str) -> None:
         """Refuse every access token that was issued to a user before now; the refresh tokens end too. Raises: `UserNotFound`."""
         with self._transactions.write() as connection:
-            user_id, now = user_id_of(connection, user), self._now()
-            connection.execute(
-                update(_users)
-                .where(_users.c.id == user_id)
-                .values(tokens_valid_from=now, version=_users.c.version + 1, updated_at=tables.utcnow())
-            )
-            connection.execute(delete(_refresh).where(_refresh.c.user_id == user_id))
+            user_id = user_id_of(connection, user)
+            self._end_all(connection, _users, _refresh.c.user_id, user_id)
             audit.record(connection, "user.revoke_tokens", object=user_id)
         self._forget_user(user_id)
 
     def revoke_tenant(self, tenant: Tenant | UUID | str) -> None:
         """The same for a tenant: whoever works there signs in again. Raises: `TenantNotFound`."""
         with self._transactions.write() as connection:
-            tenant_id, now = tenant_id_of(connection, tenant), self._now()
-            connection.execute(
-                update(_tenants)
-                .where(_tenants.c.id == tenant_id)
-                .values(tokens_valid_from=now, version=_tenants.c.version + 1, updated_at=tables.utcnow())
-            )
-            connection.execute(delete(_refresh).where(_refresh.c.tenant_id == tenant_id))
+            tenant_id = tenant_id_of(connection, tenant)
+            self._end_all(connection, _tenants, _refresh.c.tenant_id, tenant_id)
             audit.record(connection, "tenant.revoke_tokens", tenant_id=tenant_id)
         self._forget_tenant(tenant_id, None)
+
+    def _end_all(self, connection: Connection, holders: Table, held_by: Column[Any], holder: UUID) -> None:
+        """The access tokens of a user or a tenant from before now, and the refresh tokens."""
+        ended = {"tokens_valid_from": self._now(), "version": holders.c.version + 1, "updated_at": tables.utcnow()}
+        connection.execute(update(holders).where(holders.c.id == holder).values(ended))
+        connection.execute(delete(_refresh).where(held_by == holder))
