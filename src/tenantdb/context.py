@@ -124,6 +124,8 @@ class Binding:
         Raises: `LeftBehind`, where `watch_for_leftovers` asks for that and nothing else is raised.
         """
         self.closed = True
+        if not (inside or self.leased):
+            return
         blocks = [block for block in inside if not block.closed and block.tenant is not None]
         for block in inside:
             block.closed = True
@@ -158,6 +160,8 @@ def _here() -> Binding | None:
     """What is bound here. A block that was left in another context is still in the variable of the one that it was entered in, where the
     block around it holds again; not in those that only inherited it, unless it is of the same tenant."""
     binding = _bound.get()
+    if binding is None or not binding.closed:
+        return binding
     while binding is not None and binding.closed and (outer := binding._previous) is not None:
         task = binding._runner[1]
         if not (_same(binding, outer) or (task is not None and binding._runner == _runner())):
@@ -217,13 +221,6 @@ def bind(tenant: Tenant, *, switch: bool = False) -> Binding:
 def unbound() -> Binding:
     """``with unbound(): ...``: no tenant is bound in this block, whatever is bound around it. Where a request begins."""
     return Binding(None)
-
-
-def unbind() -> None:
-    """Nothing is bound from here on. For a context (`contextvars.Context`) of one's own that is thrown away: `unbound` puts things back,
-    and where it is never left the garbage collector has it do so, in whatever context that happens to be.
-    """
-    _bound.set(None)
 
 
 class ServableTenants(Protocol):
@@ -524,11 +521,6 @@ def acting(actor: str, request_id: str | None = None, source: str | None = None)
     finally:
         if _actor.get() is mine:
             _actor.set(previous)
-
-
-def act(actor: str, request_id: str | None = None, source: str | None = None) -> None:
-    """Say who acts from here on, in a context of one's own; see `unbind`."""
-    _actor.set(Actor(actor, request_id, source))
 
 
 class TenantLogFilter(logging.Filter):

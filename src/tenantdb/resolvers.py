@@ -50,7 +50,7 @@ def tenant_key(value: str | UUID | Tenant) -> str | UUID:
     if isinstance(value, UUID):
         return value
     if isinstance(value, str):
-        if _SLUG.fullmatch(value) and not _UUID_SHAPED.fullmatch(value):
+        if _SLUG.fullmatch(value) and (len(value) < 32 or not _UUID_SHAPED.fullmatch(value)):
             return value
         if len(value) == 36 and _UUID.fullmatch(value.lower()):
             return UUID(value)

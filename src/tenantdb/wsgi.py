@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from tenantdb.aio import AsyncTenantDB
 from tenantdb.auth import Authenticate, RegistryAuth, Visit
-from tenantdb.context import ANONYMOUS, Binding, act, bind, unbind
+from tenantdb.context import ANONYMOUS, Actor, Binding, unbound
 from tenantdb.database import TenantDB
 from tenantdb.errors import TenantDBError
 from tenantdb.model import Facts, Identity, Tenant
@@ -119,7 +119,7 @@ class _Response:
         """Whether the whole body is there, and running code has no part in it."""
         visit, gate, environ = self._visit, self._middleware.gate, self._environ
         environ["tenantdb"], environ["tenantdb.tenant"], environ["tenantdb.identity"] = visit, None, None
-        unbind()  # even where the application is called from a block that has bound a tenant
+        unbound().__enter__()  # even where the application is called from a block that has bound a tenant; gone with the context
         visit.exempt = self._middleware.exempts(visit, environ)
         identity: Identity | None = None
         tenant: Tenant | None = None
@@ -127,9 +127,8 @@ class _Response:
             identity = environ["tenantdb.identity"] = visit.identify()
             if names := gate.names(visit.facts, identity):
                 tenant = environ["tenantdb.tenant"] = visit.tenant(names)
-        act(ANONYMOUS if identity is None else identity.user, visit.request_id, visit.source)
-        if tenant is not None:
-            self._binding = bind(tenant).__enter__()
+        actor = Actor(ANONYMOUS if identity is None else identity.user, visit.request_id, visit.source)
+        self._binding = Binding(tenant, actor).__enter__()
         self._body = body = self._middleware.app(environ, self._start_response)
         files = environ.get("wsgi.file_wrapper")
         if type(body) in (list, tuple) or (isinstance(files, type) and isinstance(body, files)):

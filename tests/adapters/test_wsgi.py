@@ -22,7 +22,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
-from tenantdb.context import _bound, act, acting, bind, bound_or_none, current_actor, current_tenant, unbind
+from tenantdb.context import _bound, acting, bind, bound_or_none, current_actor, current_tenant
 from tenantdb.errors import ConfigError, NoTenantBound, TenantContextClosed, TenantSuspended
 from tenantdb.model import Facts, Identity
 from tenantdb.wsgi import RegistryAuth, TenantMiddleware
@@ -314,17 +314,6 @@ def test_a_response_that_nobody_closes_disturbs_nobody(world: World) -> None:
                 assert slug() == afterwards
     finally:
         gc.enable()
-
-
-def test_unbind_and_act_hold_in_a_context_of_ones_own(world: World) -> None:
-    def inside() -> None:
-        unbind()
-        act("carol", "req-1")
-        assert slug() == b"-" and current_actor().actor == "carol"
-
-    with bind(world.acme), acting("ann"):
-        contextvars.copy_context().run(inside)
-        assert slug() == b"acme" and current_actor().actor == "ann"
 
 
 def test_a_body_may_be_pulled_in_other_threads_than_the_call(world: World) -> None:

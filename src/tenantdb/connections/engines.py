@@ -302,8 +302,9 @@ def _current(lane: _Engines, tenant: Tenant, read_only: bool) -> TenantEngine | 
     engine = lane.get(tenant.id.int)
     if engine is None:
         return None
-    pool = _pool(engine)
-    return engine if (pool.generation, pool.read_only) == (tenant.generation, read_only) or pool.generation > tenant.generation else None
+    pool: Any = engine.pool
+    newer = pool.generation - tenant.generation
+    return engine if newer > 0 or (newer == 0 and pool.read_only == read_only) else None
 
 
 def _say_why(product: Backend, context: ExceptionContext) -> BaseException | None:

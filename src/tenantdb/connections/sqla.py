@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from operator import attrgetter
 from typing import Any, cast
 
 from sqlalchemy.engine import URL, Connection, Engine
@@ -96,13 +97,10 @@ class TenantEngine(Engine):
         self._compiled_cache = template._compiled_cache
         self.dispatch = template.dispatch
 
-    @property
-    def _has_events(self) -> bool:
-        return self._template._has_events
-
-    @_has_events.setter
-    def _has_events(self, value: bool) -> None:
+    def _tell_template(self, value: bool) -> None:
         self._template._has_events = value
+
+    _has_events = property(attrgetter("_template._has_events"), _tell_template)  # asked six times for each transaction
 
 
 class Initialisation:

@@ -34,11 +34,12 @@ class RecordCache:
     """Records by slug and by id. ``size`` bounds the records and, apart, the unknown names; ``ttl`` is in seconds of ``clock``."""
 
     def __init__(self, *, size: int, ttl: float, clock: Callable[[], float]) -> None:
+        self._size = size
         self._ttl = ttl
         self._clock = clock
         self._lock = threading.Lock()
         self._records: Shelf[UUID, TenantRecord] = Shelf(size)
-        self._ids: LRUCache[str, UUID] = LRUCache(size)
+        self._ids: dict[str, UUID] = {}  # by slug; of what is kept, and of some that went
         self._missing: LRUCache[Key, float] = LRUCache(size)
         self._flights: SingleFlight[Key, TenantRecord] = SingleFlight()
         self._meanwhile = Meanwhile(size)
@@ -51,7 +52,7 @@ class RecordCache:
             tenant_id = key if isinstance(key, UUID) else self._ids.get(key)
             if tenant_id is not None:
                 record = self._records.get(tenant_id, now)
-                if record is not None and key in (record.tenant.id, record.tenant.slug):
+                if record is not None and (tenant_id is key or record.tenant.slug == key):
                     return record
             if now < self._missing.get(key, now):
                 raise TenantNotFound(str(key))
@@ -138,6 +139,8 @@ class RecordCache:
             return known
         self._records.put(tenant.id, record, expires)
         self._ids[tenant.slug] = tenant.id
+        if len(self._ids) > 2 * self._size:
+            self._ids = {each.tenant.slug: each.tenant.id for each in self._records.values()}
         self._missing.pop(tenant.id, None)
         self._missing.pop(tenant.slug, None)
         return record

@@ -5,11 +5,10 @@ No lock, no clock, no I/O: `RecordCache` and `Answers` call these under their ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-
-from cachetools import Cache, LRUCache
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -26,11 +25,14 @@ class Kept(Generic[V]):
 
 class Shelf(Generic[K, V]):
     """The ``size`` values that were used last, each believed for its time. A value that is in use can be believed for longer without being
-    looked up again, once somebody has compared it with the registry: `used`, then `confirm`."""
+    looked up again, once somebody has compared it with the registry: `used`, then `confirm`.
+
+    Not an LRUCache, because every request asks several times, and what it uses is moved up once between two comparisons, not every time.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._kept: LRUCache[K, Kept[V]] = LRUCache(size)
+        self._kept: OrderedDict[K, Kept[V]] = OrderedDict()  # who was used longest ago first
         self._used: dict[K, Kept[V]] = {}
 
     def get(self, key: K, now: float) -> V | None:
@@ -40,11 +42,15 @@ class Shelf(Generic[K, V]):
             return None
         if not kept.used:
             kept.used = True
+            self._kept.move_to_end(key)
             self._note(key, kept)
         return kept.value
 
     def put(self, key: K, value: V, expires: float) -> None:
         self._kept[key] = kept = Kept(value, expires)
+        self._kept.move_to_end(key)
+        if len(self._kept) > self._size:
+            self._kept.popitem(last=False)
         self._note(key, kept)
 
     def drop(self, key: K) -> None:
@@ -60,8 +66,7 @@ class Shelf(Generic[K, V]):
 
     def used(self, *, everything: bool = False) -> list[tuple[K, Kept[V]]]:
         """What was used since this was asked last; or all that is kept."""
-        # cache[key] would count as use, and the least recently used would be whoever comes last in a dictionary.
-        found = [(key, Cache.__getitem__(self._kept, key)) for key in self._kept] if everything else list(self._used.items())
+        found = list((self._kept if everything else self._used).items())
         self._used = {}
         for _, kept in found:
             kept.used = False
@@ -79,6 +84,9 @@ class Shelf(Generic[K, V]):
                 untrue.append(key)
                 del self._kept[key]
         return untrue
+
+    def values(self) -> Iterator[V]:
+        return (kept.value for kept in self._kept.values())
 
     def __len__(self) -> int:
         return len(self._kept)
