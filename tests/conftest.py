@@ -28,10 +28,17 @@ def pytest_configure() -> None:
         tempfile.tempdir = None  # look again
 
 
+@pytest.fixture(autouse=True)
+def _applications_of_the_test() -> Iterator[None]:
+    """Set up after what is made for more than a test, and before what is made for one."""
+    with world.closed_with_the_test():
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgresql_world() -> Iterator[world.PostgreSQLWorld]:
     """One PostgreSQL from the wheel for all tests that need no server of their own. Each application in it has its own registry, and keeps
-    its connections to that until the world ends."""
+    its connections to that until its test ends."""
     with world.pg_world(max_connections="300") as made:
         yield made
 

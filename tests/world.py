@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,18 @@ from tenantdb.registry.secrets import generate_key
 from tenantdb.settings import ConnectionURL
 from tenantdb.testing.postgres import EmbeddedServer
 
+_made_lately: list[TenantDB] = []
+
+
+@contextmanager
+def closed_with_the_test() -> Iterator[None]:
+    """Close whatever application is made in the block, and forget it. Thousands that are kept until the end take gigabytes, and the garbage
+    collector looks at all of them. One that belongs to more than this test can be used again."""
+    _made_lately.clear()
+    yield
+    while _made_lately:
+        _made_lately.pop().close()
+
 
 class World(ABC):
     """Where tests make their applications."""
@@ -34,14 +47,14 @@ class World(ABC):
     backend: str
 
     def __init__(self) -> None:
-        self._made: list[TenantDB] = []
-        self._given: dict[TenantDB, dict[str, Any]] = {}
+        self._made: weakref.WeakSet[TenantDB] = weakref.WeakSet()
+        self._given: weakref.WeakKeyDictionary[TenantDB, dict[str, Any]] = weakref.WeakKeyDictionary()
 
     def make_db(self, *, init: bool = True, **overrides: Any) -> TenantDB:
-        """An application with a fresh registry. It is closed with the world, or earlier by whoever asked for it."""
+        """An application with a fresh registry. It is closed with the test that it was made in (`closed_with_the_test`), with the world, or
+        earlier by whoever asked for it."""
         given = {**self._new_registry(), **overrides}
-        db = TenantDB(**given)
-        self._made.append(db)
+        db = self._noted(TenantDB(**given))
         self._given[db] = given
         if init:
             db.init()
@@ -50,17 +63,20 @@ class World(ABC):
     def twin(self, db: TenantDB, **overrides: Any) -> TenantDB:
         """Another process of the same application: the same registry, nothing shared in memory."""
         given = {name: value for name, value in dict(db.settings).items() if name in db.settings.model_fields_set}
-        twin = TenantDB(Settings(**{**given, **overrides}), session_class=db.session_class)
-        self._made.append(twin)
-        return twin
+        return self._noted(TenantDB(Settings(**{**given, **overrides}), session_class=db.session_class))
 
     def given(self, db: TenantDB) -> dict[str, Any]:
         """What one from `make_db` was made of, passwords included, for a process that is really another."""
         return dict(self._given[db])
 
     def close(self) -> None:
-        for db in self._made:
+        for db in list(self._made):
             db.close()
+
+    def _noted(self, db: TenantDB) -> TenantDB:
+        self._made.add(db)
+        _made_lately.append(db)
+        return db
 
     @abstractmethod
     def _new_registry(self) -> dict[str, Any]:

@@ -160,8 +160,6 @@ def _here() -> Binding | None:
     """What is bound here. A block that was left in another context is still in the variable of the one that it was entered in, where the
     block around it holds again; not in those that only inherited it, unless it is of the same tenant."""
     binding = _bound.get()
-    if binding is None or not binding.closed:
-        return binding
     while binding is not None and binding.closed and (outer := binding._previous) is not None:
         task = binding._runner[1]
         if not (_same(binding, outer) or (task is not None and binding._runner == _runner())):

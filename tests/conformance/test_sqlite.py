@@ -48,7 +48,7 @@ async def test_ddl_of_a_transaction_that_is_rolled_back_is_gone(face: Face, fres
 
 async def test_a_transaction_whose_commit_failed_reaches_nobody_else(face: Face, fresh: Tenant) -> None:
     """A deferred constraint fails COMMIT, and SQLite keeps the transaction open, which SQLAlchemy takes for ended."""
-    ddl = "CREATE TABLE IF NOT EXISTS suites (id INTEGER PRIMARY KEY, part_of INTEGER REFERENCES suites DEFERRABLE INITIALLY DEFERRED)"
+    ddl = "CREATE TABLE suites (id INTEGER PRIMARY KEY, part_of INTEGER REFERENCES suites DEFERRABLE INITIALLY DEFERRED)"
     async with face.begin(fresh) as session:
         await session.execute(text(ddl))
 
@@ -59,6 +59,8 @@ async def test_a_transaction_whose_commit_failed_reaches_nobody_else(face: Face,
 
     async with face.session(fresh) as session:
         assert (await session.execute(text("SELECT count(*) FROM suites"))).scalar() == 0
+        await session.execute(text("DROP TABLE suites"))
+        await session.commit()
 
 
 def test_writers_that_read_first_wait_for_each_other_in_threads(db: TenantDB, fresh: Tenant) -> None:

@@ -22,6 +22,9 @@ HEAVY = (
     "pydantic_settings",
     "rich",
     "starlette",
+    "tenantdb.fleet",
+    "tenantdb.registry.rollouts",
+    "tenantdb.registry.rotation",
 )
 
 

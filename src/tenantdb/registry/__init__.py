@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, func, select
@@ -27,8 +28,6 @@ from tenantdb.registry.rates import SignUpLimits
 from tenantdb.registry.records import TenantRecord
 from tenantdb.registry.refresh_tokens import RefreshGrant, RefreshTokenStore
 from tenantdb.registry.revocations import RevocationStore
-from tenantdb.registry.rollouts import RolloutStore
-from tenantdb.registry.rotation import KeyKeeper
 from tenantdb.registry.secrets import OWNER, RUNTIME, Keyring, password_place
 from tenantdb.registry.servers import ServerStore
 from tenantdb.registry.signup import Hands, SignUp, Taking, sign_up
@@ -39,6 +38,10 @@ from tenantdb.registry.transactions import Transactions, begin, mapped_errors
 from tenantdb.registry.users import UserStore
 from tenantdb.registry.watching import Watcher
 from tenantdb.settings import Settings
+
+if TYPE_CHECKING:
+    from tenantdb.registry.rollouts import RolloutStore
+    from tenantdb.registry.rotation import KeyKeeper
 
 __all__ = [
     "Change",
@@ -87,10 +90,8 @@ class Registry:
         self.revocations = RevocationStore(self._transactions, self.forget_user, self.forget, ttl=settings.cache_ttl, clock=clock)
         self.refresh_tokens = RefreshTokenStore(self._transactions)
         self.operations = OperationStore(self._transactions)
-        self.keys = KeyKeeper(self._transactions, keyring, self.forget)
         self.sign_up_limits = SignUpLimits(self._transactions, settings)
         self.templates = TemplateStore(self._transactions)
-        self.rollouts = RolloutStore(self._transactions, self.forget)
         notices = Notices(
             records=self._cache,
             tenants=self.tenants,
@@ -103,6 +104,20 @@ class Registry:
         self._watcher = Watcher(
             lambda: product.listen(settings.url, settings, CHANNEL), notices.heard, notices.check, every=settings.cache_ttl / 3
         )
+
+    # -- what a process that serves requests does not import --
+
+    @functools.cached_property
+    def rollouts(self) -> RolloutStore:
+        from tenantdb.registry.rollouts import RolloutStore
+
+        return RolloutStore(self._transactions, self.forget)
+
+    @functools.cached_property
+    def keys(self) -> KeyKeeper:
+        from tenantdb.registry.rotation import KeyKeeper
+
+        return KeyKeeper(self._transactions, self.keyring, self.forget)
 
     # -- the data path --
 
