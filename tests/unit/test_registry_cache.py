@@ -161,6 +161,27 @@ def test_records_are_bounded() -> None:
     assert records.peek("t10") is not None
 
 
+def test_names_are_bounded_and_those_of_what_is_kept_stay() -> None:
+    records = cache(size=10)
+    for number in range(100):
+        records.get(f"t{number}", lambda key: record(str(key), id=uuid4()))
+    assert len(records._ids) <= 20
+    assert [number for number in range(100) if records.peek(f"t{number}") is not None] == list(range(90, 100))
+
+
+def test_who_was_used_since_the_last_comparison_outlives_who_was_not() -> None:
+    there = {made.tenant.slug: made for made in (record(f"t{number}", id=uuid4()) for number in range(4))}
+    records = cache(size=3)
+    for slug in ("t0", "t1", "t2"):
+        records.get(slug, lambda key: there[str(key)])
+    records.check(lambda ids: {each.tenant.id: each.stamp for each in there.values()}, everything=False)
+
+    assert records.peek("t0") is not None
+    records.get("t3", lambda key: there[str(key)])
+
+    assert [slug for slug in there if records.peek(slug) is None] == ["t1"]
+
+
 def test_a_tenant_that_was_looked_for_too_early_is_found_once_it_is_known() -> None:
     records = cache()
     with pytest.raises(TenantNotFound):

@@ -140,7 +140,8 @@ class RecordCache:
         self._records.put(tenant.id, record, expires)
         self._ids[tenant.slug] = tenant.id
         if len(self._ids) > 2 * self._size:
-            self._ids = {each.tenant.slug: each.tenant.id for each in self._records.values()}
+            kept = {each.tenant.id: each.tenant.slug for each in self._records.values()}
+            self._ids = {slug: tenant_id for slug, tenant_id in self._ids.items() if kept.get(tenant_id) == slug}
         self._missing.pop(tenant.id, None)
         self._missing.pop(tenant.slug, None)
         return record
