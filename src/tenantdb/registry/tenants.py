@@ -7,7 +7,6 @@ compare-and-set on the state that was read, so that of two processes one wins an
 from __future__ import annotations
 
 import builtins
-import difflib
 import functools
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -566,6 +565,8 @@ class TenantStore:
         query = select(_tenants.c.slug).where(_tenants.c.slug.is_not(None)).limit(SUGGESTIONS_FROM)
         with self._transactions.read() as connection:
             slugs = [str(each) for each in connection.scalars(query)]
+        import difflib  # by who has mistyped a name alone
+
         return next(iter(difflib.get_close_matches(slug, slugs, n=1)), None)
 
 
