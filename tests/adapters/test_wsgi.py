@@ -316,6 +316,19 @@ def test_a_response_that_nobody_closes_disturbs_nobody(world: World) -> None:
         gc.enable()
 
 
+def test_nothing_that_is_bound_around_the_call_is_bound_in_a_request(world: World) -> None:
+    def authenticate(facts: Facts) -> None:
+        seen.append(slug())
+
+    seen: list[bytes] = []
+    app = protect(world, answering(lambda: iter([slug(), current_actor().actor.encode()])), authenticate=authenticate, required=False)
+    with bind(world.acme), acting("ann"):
+        reply = Server().run(app, environ_of("/"))
+        assert slug() == b"acme" and current_actor().actor == "ann"
+
+    assert seen == [b"-"] and reply.body == b"-anonymous"
+
+
 def test_a_body_may_be_pulled_in_other_threads_than_the_call(world: World) -> None:
     body = Body()
     app = protect(world, answering(lambda: body))

@@ -94,7 +94,7 @@ class HandMade:
     cluster: Cluster
     owner: str = field(default_factory=lambda: f"hand_{secrets.token_hex(4)}")
     password: str = field(default_factory=lambda: f"{CANARY}-{secrets.token_hex(4)}")
-    names: list[str] = field(default_factory=lambda: [f"clinic_{secrets.token_hex(4)}" for _ in range(3)])
+    names: list[str] = field(default_factory=lambda: [f"legacy_{secrets.token_hex(4)}" for _ in range(3)])
 
     def make(self, options: str = "") -> HandMade:
         self.cluster.sql(f"CREATE ROLE {self.owner} LOGIN {options} PASSWORD '{scram.verifier(self.password)}'")
@@ -254,7 +254,7 @@ def test_what_later_migrations_made_goes_back_too(db: TenantDB, made: HandMade, 
 
 def test_a_superusers_database_is_adopted_and_given_back(db: TenantDB, cluster: Cluster) -> None:
     """As in many a docker-compose.yml, where one superuser is all there is."""
-    name, superuser = f"clinic_{secrets.token_hex(4)}", cluster.sql("SELECT current_user")[0][0]
+    name, superuser = f"legacy_{secrets.token_hex(4)}", cluster.sql("SELECT current_user")[0][0]
     cluster.sql(f"CREATE DATABASE {name}")
     cluster.sql(MADE, database=name)
     was = cluster.sql(SNAPSHOT, database=name)

@@ -328,7 +328,7 @@ def test_nothing_that_every_role_can_see_names_a_tenant(world: World) -> None:
         ]
 
     assert any(str(world.theirs.runtime_role) in line and "tenantdb/" in line for line in seen)
-    assert [line for line in seen if re.search("acme|globex|example.org| clinic", line)] == []
+    assert [line for line in seen if re.search("acme|globex|example.org|clinic", line)] == []
 
 
 def test_passwords_reach_the_server_as_verifiers_only(world: World) -> None:
