@@ -302,7 +302,7 @@ def _current(lane: _Engines, tenant: Tenant, read_only: bool) -> TenantEngine | 
     engine = lane.get(tenant.id.int)
     if engine is None:
         return None
-    pool: Any = engine.pool
+    pool = _pool(engine)
     newer = pool.generation - tenant.generation
     return engine if newer > 0 or (newer == 0 and pool.read_only == read_only) else None
 

@@ -49,7 +49,6 @@ _RETRY_LONGEST = 1.0
 _SHORTEST_CHECK = 1.0  # seconds that an idle connection has to answer, however little time there is to wait for one
 _FRAMES = 12  # of the application, that tell where a lease began
 _NOT_THE_APPLICATION = ("sqlalchemy", "tenantdb", "contextlib")
-_IN_USE, _GONE = UnitState.IN_USE, UnitState.GONE  # looked up once, as in the ledger
 _LIFETIME_SPREAD = 0.1  # connections born together do not die together
 
 
@@ -131,7 +130,7 @@ class TenantPool(BudgetedPool):
             if unit.record is None:
                 unit.record = Record(self, unit, deadline)
         unit.since, unit.owner = now, id(current_task(self._loop)) if self._is_asyncio else get_ident()
-        if unit.state is _IN_USE:
+        if unit.state is UnitState.IN_USE:
             try:
                 rested = now - unit.idle_since
                 if rested >= self._check_after or unit.idle_since < budget.suspect_at or not unit.wire.settled():
@@ -309,7 +308,7 @@ class TenantPool(BudgetedPool):
         if unit.binding is not None:
             binding, unit.binding = unit.binding, None
             binding.leased.pop(unit, None)
-        if unit.state is _GONE:  # it is the parent's, before a fork
+        if unit.state is UnitState.GONE:  # it is the parent's, before a fork
             return
         if record.dbapi_connection is None:
             self._without_connection(unit)

@@ -32,11 +32,10 @@ _RESERVED = ("bind", "binds", "sync_session_class", "twophase")
 class Pin:
     """Which tenant a session belongs to. Once the tenant is known it is known by id: a slug may pass to another tenant."""
 
-    __slots__ = ("_key", "_lookup", "_options", "is_async", "known", "leased")
+    __slots__ = ("_key", "_lookup", "_options", "is_async", "leased")
 
     def __init__(self, key: str | UUID, lookup: EngineLookup, options: dict[str, Any] | None = None, *, is_async: bool = False) -> None:
         self._key = key
-        self.known: UUID | None = key if isinstance(key, UUID) else None  # the tenant's id
         self.is_async = is_async
         self._lookup = lookup
         self._options = options
@@ -45,8 +44,13 @@ class Pin:
     @property
     def tenant_id(self) -> UUID:
         """Known since the session sent SQL for the first time."""
-        assert self.known is not None
-        return self.known
+        assert isinstance(self._key, UUID)
+        return self._key
+
+    @property
+    def known(self) -> UUID | None:
+        """The tenant's id, if it is known already."""
+        return self._key if isinstance(self._key, UUID) else None
 
     def look_up(self) -> tuple[UUID, Any]:
         """The tenant's id and its engine."""
@@ -54,7 +58,7 @@ class Pin:
         return tenant_id, engine.execution_options(**self._options) if self._options else engine
 
     def learn(self, tenant_id: UUID) -> None:
-        self._key = self.known = tenant_id
+        self._key = tenant_id
 
 
 class PinnedSession:
